@@ -1,0 +1,248 @@
+"""Articles and titles in files: what is read and what is refused.
+
+Every row is checked before any model is loaded, and nothing is repaired: a row that cannot be
+used is named by file and row. Memory does not grow with the length of a file's texts.
+"""
+
+import csv
+import gzip
+import hashlib
+import json
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from exit_codes import UserError
+
+SUFFIXES = (".csv", ".csv.gz", ".json", ".jsonl", ".parquet")
+HUB_DATASET = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")  # owner/name or owner/name:split
+csv.field_size_limit(2**31 - 1)  # characters; the default refuses articles of more than 128 KiB
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns to read. None: not wanted. The ID is optional in every file."""
+
+    text: str | None = "text"
+    title: str | None = "titles"
+    id: str | None = "ID"
+
+    @property
+    def required(self) -> list[str]:
+        return [name for name in (self.text, self.title) if name is not None]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What `check_articles` found in a file."""
+
+    path: str
+    rows: int
+    sha256: str  # of all columns that are read, so that a resumed run can tell its data changed
+    has_ids: bool  # False: an ID is the row's index
+
+
+def check_articles(
+    path: str, columns: Columns, split: str = "train", empty_titles: bool = False
+) -> Checked:
+    """Read a whole file once and refuse it at the first row that cannot be used.
+
+    `split` is the split of a Hub dataset that names none. `empty_titles` lets empty titles pass
+    (a model may well predict one).
+
+    Raises:
+        UserError: the file or the Hub dataset cannot be read, has no row, lacks a column or has
+            one twice, or a row holds an empty field, an ID that stood before, or broken text.
+    """
+    digest, rows, ids = hashlib.sha256(), 0, set()
+    for row, fields in _numbered_rows(path, columns, split):
+        where = f"{path}:{row}"
+        for name in columns.required:
+            if not fields[name].strip() and not (empty_titles and name == columns.title):
+                raise UserError(
+                    where, f"the column '{name}' is empty", "fill it in or remove the row"
+                )
+        identity = fields.get(columns.id)
+        if rows and (identity is not None) != bool(ids):
+            raise UserError(where, f"only some rows have the column '{columns.id}'", "fill it in")
+        if identity is not None:
+            if identity in ids:
+                raise UserError(where, f"{columns.id} {identity!r} is there twice", "make it unique")
+            ids.add(identity)
+        digest.update(json.dumps(list(fields.values())).encode())
+        rows += 1
+    if rows == 0:
+        raise UserError(path, "the file has no rows", "give a file with at least one article")
+    return Checked(path, rows, digest.hexdigest(), bool(ids))
+
+
+def iterate_articles(path: str, columns: Columns, split: str = "train") -> Iterator[dict]:
+    """Yield `{"id", "text", "title"}` of each row in file order.
+
+    Where the file has no IDs, the ID is the row's index from 0, as in the challenge's test file.
+    """
+    for index, (_, fields) in enumerate(_numbered_rows(path, columns, split)):
+        yield {
+            "id": fields.get(columns.id, str(index)),
+            "text": fields.get(columns.text, ""),
+            "title": fields.get(columns.title, ""),
+        }
+
+
+def open_articles(path: str, columns: Columns, split: str = "train"):
+    """Return the rows of `iterate_articles` as a memory-mapped `datasets.Dataset`.
+
+    Its Arrow file lies in a temporary folder that goes with the process: a cache that outlives
+    the run can only be stale. It takes about as much disk as the text; `TMPDIR` says where.
+    """
+    from datasets import Dataset, Features, Value, disable_progress_bars
+
+    disable_progress_bars()
+    folder = tempfile.TemporaryDirectory(prefix="manchette-", ignore_cleanup_errors=True)
+    dataset = Dataset.from_generator(
+        iterate_articles,
+        features=Features({name: Value("large_string") for name in ("id", "text", "title")}),
+        gen_kwargs={"path": path, "columns": columns, "split": split},
+        cache_dir=folder.name,
+    )
+    dataset.temporary_folder = folder  # the folder lives as long as the dataset does
+    return dataset
+
+
+def _numbered_rows(path: str, columns: Columns, split: str) -> Iterator[tuple[int, dict]]:
+    """Yield each row's number, as a spreadsheet or an editor shows it, and its wanted fields."""
+    file = Path(path)
+    if file.is_file():
+        suffix = next((s for s in SUFFIXES if file.name.lower().endswith(s)), None)
+        if suffix is None:
+            raise UserError(path, "unknown kind of file", f"give one of {', '.join(SUFFIXES)}")
+        rows = {"csv": _csv_rows, "gz": _csv_rows, "parquet": _parquet_rows}.get(
+            suffix.rpartition(".")[2], _json_rows
+        )(path)
+    elif HUB_DATASET.fullmatch(path) and not file.exists() and not path.endswith(SUFFIXES):
+        rows = _hub_rows(path, split)
+    elif file.is_dir():
+        raise UserError(path, "this is a folder, not a file", "give a file of articles")
+    else:
+        raise UserError(path, "there is no such file", "check the path")
+
+    for row, fields in rows:
+        where = f"{path}:{row}"
+        for name in columns.required:
+            if name not in fields:
+                raise UserError(
+                    where,
+                    f"no column '{name}' among {', '.join(map(repr, fields)) or 'none'}",
+                    "rename it in the file or name it on the command line",
+                )
+        wanted = {name: fields[name] for name in columns.required}
+        if columns.id in fields:
+            wanted[columns.id] = fields[columns.id]
+        for name, value in wanted.items():
+            if name == columns.id and isinstance(value, int):
+                wanted[name] = str(value)
+            elif not isinstance(value, str):
+                raise UserError(
+                    where, f"the column '{name}' holds {value!r}, not text", "make it a string"
+                )
+            elif "\0" in value:
+                raise UserError(where, f"the column '{name}' holds a NUL byte", "remove it")
+            try:
+                wanted[name].encode()
+            except UnicodeEncodeError:
+                raise UserError(
+                    where, f"the column '{name}' is not UTF-8", "convert the file to UTF-8"
+                ) from None
+        yield row, wanted
+
+
+def _open_text(path: str):
+    # surrogateescape lets a broken byte reach its row, which is then named in the complaint.
+    opener = gzip.open if path.endswith(".gz") else open
+    return opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def _csv_rows(path: str) -> Iterator[tuple[int, dict]]:
+    """Rows are counted as a spreadsheet does: the header is row 1."""
+    row = 1
+    try:
+        with _open_text(path) as stream:
+            reader = csv.reader(stream, strict=True)
+            header = next(reader, [])
+            if doubled := {name for name in header if header.count(name) > 1}:
+                raise UserError(f"{path}:1", f"doubled column {doubled.pop()!r}", "rename one")
+            for row, fields in enumerate(reader, start=2):
+                if not fields:  # a blank line, as at the end of many files
+                    continue
+                if len(fields) != len(header):
+                    raise UserError(
+                        f"{path}:{row}",
+                        f"{len(fields)} fields where the header has {len(header)}",
+                        "quote the fields that hold commas or newlines",
+                    )
+                yield row, dict(zip(header, fields, strict=True))
+    except csv.Error as error:
+        raise UserError(f"{path}:{row + 1}", f"not valid CSV ({error})", "mend the quotes") from None
+    except (OSError, EOFError) as error:
+        raise UserError(path, f"cannot be read ({error})", "check the file") from None
+
+
+def _json_rows(path: str) -> Iterator[tuple[int, dict]]:
+    """JSON Lines, or one array of objects; counted by line or by element from 1."""
+    try:
+        with _open_text(path) as stream:
+            if stream.read(1) == "[":
+                stream.seek(0)
+                records = enumerate(json.load(stream), start=1)
+            else:
+                stream.seek(0)
+                records = ((n, line) for n, line in enumerate(stream, start=1) if line.strip())
+            for row, record in records:
+                if isinstance(record, str):
+                    try:
+                        record = json.loads(record)
+                    except json.JSONDecodeError as error:
+                        raise UserError(
+                            f"{path}:{row}", f"not valid JSON ({error.msg})", "mend the line"
+                        ) from None
+                if not isinstance(record, dict):
+                    raise UserError(f"{path}:{row}", "not a JSON object", 'write {"text": ...}')
+                yield row, record
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}:{error.lineno}", f"not valid JSON ({error.msg})", "mend the file"
+        ) from None
+    except OSError as error:
+        raise UserError(path, f"cannot be read ({error})", "check the file") from None
+
+
+def _parquet_rows(path: str) -> Iterator[tuple[int, dict]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            row = 0
+            for batch in file.iter_batches(batch_size=256):
+                for record in batch.to_pylist():
+                    row += 1
+                    yield row, record
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(path, f"cannot be read ({error})", "check the file") from None
+
+
+def _hub_rows(path: str, split: str) -> Iterator[tuple[int, dict]]:
+    from datasets import load_dataset
+
+    name, _, named_split = path.partition(":")
+    try:
+        dataset = load_dataset(name, split=named_split or split)
+    except Exception as error:  # the Hub client has a dozen kinds of refusal, offline among them
+        raise UserError(
+            path,
+            f"neither a file here nor a dataset to be had from the Hub ({error})",
+            "check the name, or download it and give the file",
+        ) from None
+    yield from enumerate(dataset, start=1)

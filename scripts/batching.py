@@ -1,0 +1,74 @@
+"""Which articles make an update, how they are dealt out, and the tensors of a micro-batch.
+
+Nothing here keeps state: the order is a function of seed and epoch, so a resumed run, or one on
+another number of processes, sees the same articles in the same update.
+"""
+
+import math
+
+import torch
+
+from prompting import Example
+
+IGNORED = -100  # cross_entropy's ignore_index
+
+
+def epoch_order(num_articles: int, seed: int, epoch: int) -> torch.Tensor:
+    """Return the order of all rows in one epoch, int64 of shape [num_articles]."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(num_articles, generator=generator)
+
+
+def dropout_seed(seed: int, step: int, rank: int) -> int:
+    """Return what to seed torch with before an update, so that nothing depends on the past."""
+    return (seed * 1_000_003 + step) * 1_009 + rank
+
+
+def deal(examples: list[Example], micro_batch_size: int, rank: int = 0, world_size: int = 1):
+    """Return this process's micro-batches of one update, as many on every process.
+
+    Articles of similar length go together, which saves padding and changes nothing else: the
+    gradient of an update does not depend on how it is split. A process that would have a
+    micro-batch less gets one that carries no loss.
+    """
+    by_length = sorted(examples, key=lambda example: len(example.ids), reverse=True)
+    rounds = math.ceil(len(by_length) / (micro_batch_size * world_size))
+    count = rounds * world_size
+    # Sizes differ by one at the most, so that no process waits for a fuller one.
+    small, larger = divmod(len(by_length), count)
+    micro_batches, start = [], 0
+    for index in range(count):
+        size = small + (index < larger)
+        micro_batches.append(by_length[start : start + size])
+        start += size
+    return [
+        mine or [Example(by_length[-1].ids, len(by_length[-1].ids), False)]
+        for mine in micro_batches[rank::world_size]
+    ]
+
+
+def pad_left(examples: list[Example], device: torch.device) -> dict[str, torch.Tensor]:
+    """Return a micro-batch whose rows all end in the last column.
+
+    With the titles at the right edge, logits are needed in the last columns only, and the tensor
+    [batch, length, vocabulary] never exists. Everything is made from lengths, never from a pad id,
+    which may well be the EOS that the model has to learn.
+
+    Returns:
+        `input_ids`, `attention_mask`, `position_ids`: int64 [batch, length]; `labels`: int64
+        [batch, longest title], IGNORED where a shorter title's row still shows its prompt.
+    """
+    length = max(len(example.ids) for example in examples)
+    num_labels = max(1, *(example.num_title_ids for example in examples))
+    shape = (len(examples), length)
+    input_ids, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    positions = torch.zeros(shape, dtype=torch.long)
+    labels = torch.full((len(examples), num_labels), IGNORED)
+    for row, example in enumerate(examples):
+        ids, titles = torch.tensor(example.ids), example.num_title_ids
+        input_ids[row, length - len(ids) :] = ids
+        mask[row, length - len(ids) :] = 1
+        positions[row, length - len(ids) :] = torch.arange(len(ids))
+        labels[row, num_labels - titles :] = ids[len(ids) - titles :]
+    batch = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions}
+    return {name: tensor.to(device) for name, tensor in (batch | {"labels": labels}).items()}

@@ -1,0 +1,39 @@
+"""What an exit code of the scripts means, and how a complaint reaches the user: in one line."""
+
+import os
+import sys
+from pathlib import Path
+
+DONE = 0
+BUG = 1  # what Python itself returns after a traceback
+USER_ERROR = 2  # the user must change something; nothing was written
+STOPPED = 75  # a complete checkpoint was written: run the same command again (EX_TEMPFAIL)
+
+
+class UserError(Exception):
+    """Something that the user must change, told as `where: what is wrong; what to do`."""
+
+    def __init__(self, where, problem: str, advice: str):
+        super().__init__(f"{where}: {problem}; {advice}")
+
+
+def run(main) -> None:
+    """Call `main()` and end the process with its exit code, a `UserError` as one line on stderr.
+
+    `accelerate launch` answers 1 whatever its script returned, so the code is also written to the
+    file that the environment variable EXIT_CODE_FILE names; the launchers pass it on from there.
+    Under several processes every rank meets the same complaint and only the first one prints it.
+    """
+    code = BUG
+    try:
+        code = main() or DONE
+    except UserError as error:
+        code = USER_ERROR
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+    except SystemExit as exit_request:  # argparse: 0 after --help, 2 after a complaint of its own
+        code = exit_request.code
+    finally:
+        if file := os.environ.get("EXIT_CODE_FILE"):
+            Path(file).write_text(f"{code}\n")
+    sys.exit(code)

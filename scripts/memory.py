@@ -1,0 +1,64 @@
+"""How much memory training takes: expected from shapes and lengths, and as it was."""
+
+import sys
+
+import torch
+
+# Bytes per weight of NF4 with double quantization: blocks of 64, then of 256 (QLoRA, section 3).
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+ADAPTER_BYTES = 16  # per weight: itself, its gradient and two AdamW moments, all fp32
+LOGIT_BYTES = 10  # per logit: bf16 from the head, fp32 for the loss, fp32 gradient
+
+
+def expected_peak_memory(model, args, device: torch.device, longest: int) -> int:
+    """Return the bytes that a QLoRA run is expected to take at its peak.
+
+    Args:
+        model: the base with its adapter; only its shapes are used.
+        args: of train.py.
+        device: on a CPU the figure is of the whole resident set, libraries included.
+        longest: tokens of the longest row.
+
+    What autograd keeps of a token in a layer, with bf16 autocast, is about 36 bytes per hidden
+    unit (norms in fp32, attention, residuals), 8 per unit of the MLP, and for each linear layer
+    what LoRA keeps of its input.
+    """
+    import bitsandbytes
+
+    linear = [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    frozen = (p for p in model.parameters() if not p.requires_grad and not hasattr(p, "quant_state"))
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    weights = [layer.in_features * layer.out_features for layer in linear]
+    fixed = NF4_BYTES * sum(weights) + sum(p.nbytes for p in frozen) + ADAPTER_BYTES * trainable
+
+    config = model.config.get_text_config()
+    layers, hidden = config.num_hidden_layers, config.hidden_size
+    wide = max(layer.out_features for layer in linear)
+    # A copy in bf16, and for dropout the mask: fp32 on a CPU, one byte on CUDA.
+    kept = 2 + (args.lora_dropout > 0) * (4 if device.type == "cpu" else 1)
+    per_layer = 36 * hidden + 8 * wide + kept * sum(m.in_features for m in linear) / layers
+    if args.mixed_precision == "no":
+        per_layer *= 2
+    # With checkpointing each layer's input stays, and one layer at a time is computed again.
+    per_token = per_layer + 4 * hidden * layers if args.activation_checkpointing else per_layer * layers
+    tokens = args.per_device_train_batch_size * longest
+    titles = args.per_device_train_batch_size * args.max_title_tokens
+    moving = per_token * tokens + LOGIT_BYTES * config.vocab_size * titles
+    moving += 4 * max(weights)  # the largest layer, dequantized for a product
+    return int(fixed + moving) + (_libraries() if device.type == "cpu" else 0)
+
+
+def peak_memory(device: torch.device) -> str:
+    """Return the peak so far: allocated on the GPU, or resident where there is none."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB on the GPU"
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return f"{peak / 2**30:.1f} GiB resident"
+
+
+def _libraries() -> int:
+    """Return about how much Python, torch, transformers and peft take once imported, in bytes."""
+    return 700 << 20

@@ -1,0 +1,165 @@
+"""Loading a base model and its adapter, the same way for training, inference and the merge check.
+
+Nothing about precision is assumed: what was asked for is checked on the loaded model.
+"""
+
+import json
+import warnings
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from exit_codes import UserError
+from prompting import check_tokenizer
+from run_folder import ADAPTER_WEIGHTS
+
+# Said by train.py in its own words, and by PEFT about its own use of transformers.
+warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated")
+
+
+def nf4_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Return the QLoRA paper's 4-bit storage: NF4 with double quantization (section 3)."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def load_tokenizer(folder: str):
+    """Return the tokenizer of a model or run folder once it is known to keep French intact."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            folder, f"no usable tokenizer ({str(error).splitlines()[0]})", "add its files"
+        ) from None
+    check_tokenizer(tokenizer, folder)
+    return tokenizer
+
+
+def load_base(folder: str, device: torch.device, dtype: torch.dtype, nf4: bool):
+    """Return the frozen base in evaluation mode on one device.
+
+    Args:
+        folder: a local model folder with safetensors weights.
+        device: where all of it goes (never "auto": one process, one device).
+        dtype: of all that is not 4-bit, and of the products with 4-bit weights.
+        nf4: store the decoder's linear layers in NF4; embeddings, norms and head stay in `dtype`.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map={"": device},
+            quantization_config=nf4_config(dtype) if nf4 else None,
+            use_safetensors=True,
+        )
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            folder, f"the model cannot be loaded ({str(error).splitlines()[0]})", "check its files"
+        ) from None
+    if nf4:
+        check_nf4(model, dtype)
+        keep_gradients_on_cpu(model)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def check_nf4(model, compute_dtype: torch.dtype) -> None:
+    """Raise unless every linear layer but the head is NF4, doubly quantized, with this dtype.
+
+    `BitsAndBytesConfig` swallows misspelt options and falls back to FP4 without double
+    quantization, so the loaded layers are asked.
+    """
+    import bitsandbytes
+
+    head = model.get_output_embeddings()
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    quantized = 0
+    for name, layer in layers.items():
+        if layer is head:
+            continue
+        if not isinstance(layer, bitsandbytes.nn.Linear4bit):
+            raise RuntimeError(f"{name} is {type(layer).__name__}, not Linear4bit")
+        state = layer.weight.quant_state
+        found = (state.quant_type, state.nested, layer.compute_dtype)
+        if found != ("nf4", True, compute_dtype):
+            raise RuntimeError(f"{name} has (type, nested, compute dtype) {found}")
+        quantized += 1
+    if quantized == 0:
+        raise RuntimeError("no layer of this model was quantized")
+
+
+def keep_gradients_on_cpu(model) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights in place on CPUs with AVX512-BF16.
+
+    Since 0.49, the first forward in evaluation mode repacks the weight there for a faster
+    kernel, and every later forward, training included, goes through that kernel, which autograd
+    does not see: gradients of lower layers are silently wrong from then on.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def attach_adapter(base, adapter_dir: str):
+    """Return `base` with the adapter in a folder, frozen and in evaluation mode.
+
+    Raises:
+        UserError: the folder has no readable adapter, or one made for another base.
+    """
+    try:
+        config = LoraConfig(**_lora_arguments(adapter_dir))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            adapter_dir, f"no usable adapter_config.json ({error})", "give a run folder"
+        ) from None
+    model = get_peft_model(base, config)
+    load_adapter_weights(model, Path(adapter_dir, ADAPTER_WEIGHTS))
+    if all(not p.any() for n, p in model.named_parameters() if "lora_B" in n):
+        print(f"NOTE: the adapter in {adapter_dir} changes nothing (every lora_B is zero)")
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def load_adapter_weights(model, file: Path) -> None:
+    """Fill the LoRA matrices of `model` from a file that must fit them name for name.
+
+    PEFT only warns of missing keys, and the adapter then does nothing.
+
+    Raises:
+        UserError: unreadable file, or other names or shapes than the model's.
+    """
+    expected = {k: v.shape for k, v in adapter_state_dict(model).items()}
+    try:
+        with safe_open(file, framework="pt") as stream:
+            found = {key: torch.Size(stream.get_slice(key).get_shape()) for key in stream.keys()}
+        if found == expected:
+            set_peft_model_state_dict(model, load_file(file))
+            return
+    except (OSError, SafetensorError) as error:
+        raise UserError(file, f"cannot be read ({error})", "restore the file") from None
+    wrong = sorted(expected.items() ^ found.items())[0][0]
+    raise UserError(file, f"does not fit this base at {wrong}", "give the base it was trained on")
+
+
+def adapter_state_dict(model) -> dict[str, torch.Tensor]:
+    """Return the LoRA matrices alone (PEFT would ask the Hub about embeddings by default)."""
+    return get_peft_model_state_dict(model, save_embedding_layers=False)
+
+
+def _lora_arguments(adapter_dir: str) -> dict:
+    from dataclasses import fields
+
+    recorded = json.loads(Path(adapter_dir, "adapter_config.json").read_text(encoding="utf-8"))
+    if recorded.get("peft_type") != "LORA":
+        raise ValueError(f"peft_type is {recorded.get('peft_type')!r}, not 'LORA'")
+    known = {field.name for field in fields(LoraConfig)} - {"peft_type", "auto_mapping"}
+    return {key: value for key, value in recorded.items() if key in known}

@@ -1,0 +1,225 @@
+"""From an article to the ids that a model reads, and from the ids that it writes to a title.
+
+Training and inference both come here, and only here: the prompt of inference is a prefix of the
+training ids by construction, because both are the same list. Ids are put together in pieces and
+never cut out of a tokenised whole, so that no tokeniser can merge across a border:
+
+    [bos] + prefix + article (cut to the budget) + suffix   |   title + eos
+    `------------------ prompt, no loss -----------------'      `- loss -'
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from exit_codes import UserError
+
+ARTICLE = "{article}"
+PROBE = "L'Élysée, cœur « évacué »\u00a0: 3,5 % d’œuvres à Nîmes — où ? Ça, 1 200 €."
+BRACKETED = re.compile(r"<\|[^|<>\s]+\|>|<<?/?\w+>>?|\[/?[A-Z_]+\]")  # <|user|> <<SYS>> [/INST]
+
+
+def read_template(path: str) -> str:
+    """Return the text of a prompt file, without the newline that editors put at its end.
+
+    Raises:
+        UserError: there is no such file, or it does not hold `{article}` exactly once.
+    """
+    try:
+        template = Path(path).read_text(encoding="utf-8").rstrip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(path, f"no readable prompt ({error})", "give a file of prompts/") from None
+    if template.count(ARTICLE) != 1:
+        raise UserError(
+            path,
+            f"{ARTICLE} stands there {template.count(ARTICLE)} times",
+            "write it once, where the article goes",
+        )
+    return template
+
+
+@dataclass(frozen=True)
+class Example:
+    """The ids of one article and, in training, of its title."""
+
+    ids: list[int]
+    num_prompt_ids: int  # the first so many carry no loss
+    article_cut: bool
+    title_cut: bool = False
+
+    @property
+    def num_title_ids(self) -> int:
+        return len(self.ids) - self.num_prompt_ids
+
+
+class Prompt:
+    """A template bound to a tokenizer and to lengths, all counted in ids.
+
+    Args:
+        tokenizer: any tokenizer of transformers that knows an EOS.
+        template: text with `{article}` in it.
+        apply_chat_template: send the template as the user's turn of the model's own chat format.
+        max_length: of a training row: prompt, title and EOS together.
+        max_title_tokens: kept free for title and EOS, in inference too, so that an article is cut
+            at the same place in both.
+
+    Raises:
+        UserError: the template alone fills `max_length`, or the model has no chat format.
+    """
+
+    def __init__(
+        self,
+        tokenizer,
+        template: str,
+        apply_chat_template: bool = False,
+        max_length: int = 1024,
+        max_title_tokens: int = 128,
+    ):
+        self.tokenizer, self.template = tokenizer, template
+        self.apply_chat_template = apply_chat_template
+        self.max_length, self.max_title_tokens = max_length, max_title_tokens
+        if apply_chat_template:
+            rendered = _render_chat(tokenizer, template)
+        else:
+            rendered = template
+        prefix, _, suffix = rendered.partition(ARTICLE)
+        # A chat format writes its own BOS; elsewhere we follow what the tokenizer does itself.
+        starts_with_bos = tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+        bos = [tokenizer.bos_token_id] if starts_with_bos and not apply_chat_template else []
+        # Text of the data must not look like a turn or a control token (see `_one_line`).
+        markers = {text for text in tokenizer.get_added_vocab() if len(text.strip()) > 2}
+        markers |= set(BRACKETED.findall(rendered))
+        longest_first = sorted(map(re.escape, markers), key=len, reverse=True)
+        self.markers = re.compile("|".join(longest_first) or r"(?!)")  # (?!) matches nothing
+
+        self.prefix_ids = bos + self._ids(prefix, trusted=True)
+        self.suffix_ids = self._ids(suffix, trusted=True)
+        # SentencePiece itself opens every piece with a space; byte-level tokenizers need it said.
+        opens_with_space = tokenizer.convert_ids_to_tokens(self._ids("a"))[0].startswith("▁")
+        self.before_title = "" if opens_with_space or rendered[-1].isspace() else " "
+        fixed = len(self.prefix_ids) + len(self.suffix_ids)
+        self.article_budget = max_length - max_title_tokens - fixed
+        if self.article_budget <= 0:
+            raise UserError(
+                "prompt",
+                f"its {fixed} tokens and {max_title_tokens} for the title leave no room for an "
+                f"article in {max_length}",
+                "shorten the prompt or raise --max_length",
+            )
+
+    def encode(self, article: str, title: str | None = None) -> Example:
+        """Return the ids to continue (no `title`), or those to train on, which begin with them.
+
+        Only the article is ever cut, at its end: leads carry the news. A title that does not fit
+        into `max_title_tokens` is cut too, but still ends in EOS.
+        """
+        article_ids = self._ids(self._one_line(article))
+        article_cut = len(article_ids) > self.article_budget
+        prompt_ids = self.prefix_ids + article_ids[: self.article_budget] + self.suffix_ids
+        if title is None:
+            return Example(prompt_ids, len(prompt_ids), article_cut)
+        title_ids = self._ids(self.before_title + self._one_line(title))
+        title_cut = len(title_ids) > self.max_title_tokens - 1
+        title_ids = title_ids[: self.max_title_tokens - 1] + [self.tokenizer.eos_token_id]
+        return Example(prompt_ids + title_ids, len(prompt_ids), article_cut, title_cut)
+
+    def decode(self, new_ids: list[int]) -> str:
+        """Return the title in the ids that a model wrote after a prompt: their first line."""
+        text = self.tokenizer.decode(new_ids, skip_special_tokens=True).strip()
+        return " ".join(text.split("\n", 1)[0].split())
+
+    def settings(self) -> dict:
+        """Return all that makes this prompt, as it is saved with a run, and a hash of its ids.
+
+        The hash tells a tokenizer, or a version of transformers, that makes other ids of it.
+        """
+        ids = [self.prefix_ids, self.suffix_ids, self.encode(PROBE, PROBE).ids]
+        return {
+            "template": self.template,
+            "apply_chat_template": self.apply_chat_template,
+            "max_length": self.max_length,
+            "max_title_tokens": self.max_title_tokens,
+            "ids_sha256": hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16],
+        }
+
+    def _ids(self, text: str, trusted: bool = False) -> list[int]:
+        # The text of a control token is a control token in the template, and plain text in data.
+        return self.tokenizer(
+            text, add_special_tokens=False, split_special_tokens=not trusted, verbose=False
+        ).input_ids
+
+    def _one_line(self, text: str) -> str:
+        """Make data harmless: one line, so that it cannot begin a line of the template (such as
+        "Titre :"), and each marker of a turn broken by a space."""
+        text = " ".join(text.split())
+        while self.markers.search(text):
+            text = self.markers.sub(lambda marker: f"{marker[0][0]} {marker[0][1:]}", text)
+        return text
+
+
+def prompt_of_run(tokenizer, settings: dict, where: str) -> Prompt:
+    """Return the prompt that a run was trained with, from its `Prompt.settings()`.
+
+    Raises:
+        UserError: this tokenizer makes other ids of it than the one that was trained with.
+    """
+    arguments = {key: value for key, value in settings.items() if key != "ids_sha256"}
+    prompt = Prompt(tokenizer, **arguments)
+    if prompt.settings() != settings:
+        raise UserError(
+            where,
+            "its prompt has other ids with this tokenizer than it had in training",
+            "use the tokenizer and the version of transformers named in run_config.json",
+        )
+    return prompt
+
+
+def check_tokenizer(tokenizer, name: str) -> None:
+    """Refuse a tokenizer that loses French, or that ignores parts of its own tokenizer.json.
+
+    transformers 5 rebuilds some tokenizers from their vocabulary; where the class named in
+    tokenizer_config.json does not fit the file, spaces or accents silently disappear.
+
+    Raises:
+        UserError: a French sentence does not survive encoding and decoding, the ids differ from
+            those of the tokenizer.json in the same folder, or there is no EOS.
+    """
+    ids = tokenizer(PROBE, add_special_tokens=False).input_ids
+    decoded = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    if decoded.strip() != PROBE:
+        raise UserError(
+            name,
+            f"its tokenizer turns {PROBE!r} into {decoded!r}",
+            "check tokenizer_class in tokenizer_config.json, or use another model",
+        )
+    file = Path(name, "tokenizer.json")
+    if file.is_file():
+        from tokenizers import Tokenizer
+
+        if Tokenizer.from_file(str(file)).encode(PROBE, add_special_tokens=False).ids != ids:
+            raise UserError(
+                name,
+                "transformers and tokenizer.json disagree on the ids of a French sentence",
+                "check tokenizer_class in tokenizer_config.json",
+            )
+    if tokenizer.eos_token_id is None:
+        raise UserError(name, "its tokenizer has no EOS token", "use another model")
+
+
+def _render_chat(tokenizer, template: str) -> str:
+    if not tokenizer.chat_template:
+        raise UserError(
+            "--apply_chat_template", "this model has no chat template", "leave the option out"
+        )
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": template}], tokenize=False, add_generation_prompt=True
+    )
+    if rendered.count(ARTICLE) != 1:
+        raise UserError(
+            "--apply_chat_template",
+            f"this model's chat template shows {ARTICLE} {rendered.count(ARTICLE)} times",
+            "leave the option out",
+        )
+    return rendered

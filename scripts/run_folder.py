@@ -1,0 +1,292 @@
+"""Folders of models and of runs: what must be in them, and the record that a run leaves.
+
+A run folder describes itself: whoever has it can infer and merge without the command that made
+it. It holds the adapter, the tokenizer, `run_config.json`, `metrics.jsonl`, a model card and
+`checkpoints/`. A merged folder is an ordinary model folder with the same `run_config.json`.
+"""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+from exit_codes import UserError
+
+RUN_CONFIG = "run_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
+SAMPLED_BYTES = 1 << 20  # of each weight file that go into its fingerprint
+
+
+def check_model_folder(name: str) -> None:
+    """Refuse, before anything heavy is imported, a name that cannot be a model.
+
+    Raises:
+        UserError: a path that is not there, or a folder without config or safetensors weights.
+    """
+    folder = Path(name)
+    if not folder.exists():
+        if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+            raise UserError(name, "there is no such model folder", "check the path")
+        return  # owner/name: the Hub's, or its local cache's, to find
+    if not (folder / "config.json").is_file():
+        raise UserError(name, "no config.json in this folder", "give the folder of a model")
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(
+            name,
+            "no *.safetensors weights in this folder",
+            "convert the model to safetensors (pickled weights are never loaded)",
+        )
+
+
+def check_output_dir(output_dir: str, own_files: tuple[str, ...] = ()) -> None:
+    """Refuse a folder that holds anything but `own_files`, or a place that cannot be written.
+
+    Raises:
+        UserError: as said.
+    """
+    folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(output_dir, "this is a file, not a folder", "give another --output_dir")
+    if folder.is_dir() and (others := {p.name for p in folder.iterdir()} - set(own_files)):
+        raise UserError(
+            output_dir,
+            f"the folder is not empty (it holds {sorted(others)[0]})",
+            "remove it or give another --output_dir",
+        )
+    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not os.access(parent, os.W_OK):
+        raise UserError(output_dir, f"{parent} cannot be written", "give another --output_dir")
+
+
+def read_run_config(run_dir: str) -> dict:
+    """Return the record that train.py or merge.py left in a folder.
+
+    Raises:
+        UserError: there is none, or it is not JSON.
+    """
+    file = Path(run_dir, RUN_CONFIG)
+    if not file.is_file():
+        raise UserError(run_dir, f"no {RUN_CONFIG} in it", "give the output folder of train.py")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(str(file), f"not valid JSON ({error})", "restore the file") from None
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write JSON under a temporary name and rename it, so that no reader ever sees half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that decide what a run computes."""
+    return {"python": platform.python_version()} | {
+        package: importlib.metadata.version(package) for package in PACKAGES
+    }
+
+
+def commit() -> str | None:
+    """Return the commit of these scripts, marked if files differ from it; None outside git."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        answer = subprocess.run(
+            [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return answer.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def check_tracker(report_to: str) -> None:
+    """Refuse a tracker that is not installed.
+
+    Raises:
+        UserError: as said.
+    """
+    if report_to != "none" and importlib.util.find_spec(report_to) is None:
+        raise UserError(
+            f"--report_to {report_to}", "it is not installed", f"run: pip install {report_to}"
+        )
+
+
+def start_run(args, prompt, base_folder: Path, checked: dict, update_size: int) -> dict:
+    """Return the record of a training run: all that infer and merge need, and how it came about."""
+    return {
+        "kind": "adapter",
+        "arguments": vars(args),
+        "base_model": args.model_name_or_path,
+        "base_fingerprint": model_fingerprint(base_folder),
+        "prompt": prompt.settings(),
+        "data": {split: vars(file) for split, file in checked.items()},
+        "articles_per_update": update_size,
+        "versions": versions(),
+        "commit": commit(),
+    }
+
+
+def find_checkpoint(args, run_config: dict) -> Path | None:
+    """Return the checkpoint that `--resume_from_checkpoint` asks for; None to begin at the start.
+
+    Raises:
+        UserError: there is no such checkpoint, or the run was made with other settings.
+    """
+    if not args.resume_from_checkpoint:
+        return None
+    if not Path(args.output_dir, RUN_CONFIG).is_file():
+        print(f"NOTE: no run in {args.output_dir} to resume yet; starting one", flush=True)
+        return None
+    differences = _differences(read_run_config(args.output_dir), run_config)
+    if differences:
+        raise UserError(
+            args.output_dir,
+            f"this run was made with other settings ({'; '.join(differences)})",
+            "give the same ones, or another --output_dir",
+        )
+    folder = Path(args.output_dir, "checkpoints")
+    if args.resume_from_checkpoint != "latest":
+        checkpoint = Path(args.resume_from_checkpoint)
+        if checkpoint.parent.resolve() != folder.resolve() or not checkpoint.is_dir():
+            raise UserError(checkpoint, "no checkpoint of this run", f"give one of {folder}")
+        return checkpoint
+    checkpoint = max((p for p in folder.glob("step-*") if p.suffix != ".tmp"), default=None)
+    print(f"NOTE: resuming from {checkpoint or 'the start, for there is no checkpoint yet'}")
+    return checkpoint
+
+
+def write_run(output_dir: Path, run_config: dict, tokenizer, completed_steps: int) -> None:
+    """Write what is known before the first update; keep of older metrics what stays true."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(output_dir / RUN_CONFIG, run_config)
+    tokenizer.save_pretrained(output_dir)
+    metrics = output_dir / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+    whole = (line for line in lines if line.endswith("\n"))
+    kept = [line for line in whole if json.loads(line)["step"] <= completed_steps]
+    temporary = metrics.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, metrics)
+
+
+def log_metrics(accelerator, output_dir: Path, metrics: dict) -> None:
+    """Append a row to metrics.jsonl and hand it to the trackers, on the main process."""
+    if accelerator.is_main_process:
+        with open(output_dir / "metrics.jsonl", "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(metrics) + "\n")
+    accelerator.log(metrics, step=metrics["step"])
+
+
+def model_card(run_config: dict) -> str:
+    """Return the README of a run or merged folder."""
+    arguments, merged = run_config["arguments"], run_config["kind"] == "merged"
+    names = ("lora_r", "lora_alpha", "lora_dropout", "learning_rate", "warmup_ratio")
+    names += ("max_grad_norm", "num_train_epochs", "max_length", "seed")
+    rows = "\n".join(f"| {name} | {arguments[name]} |" for name in names)
+    data = "\n".join(f"- {split}: {d['rows']:,} rows" for split, d in run_config["data"].items())
+    return f"""---
+base_model: {run_config["base_model"]}
+language: fr
+library_name: {"transformers" if merged else "peft"}
+pipeline_tag: text-generation
+---
+
+# Titles for French news articles
+
+{"A model with its LoRA adapter merged in" if merged else "A LoRA adapter"}, trained with QLoRA on
+top of `{run_config["base_model"]}` (fingerprint {run_config["base_fingerprint"]}).
+
+## Prompt
+
+```
+{run_config["prompt"]["template"]}
+```
+
+## Data
+
+{data}
+
+## Training
+
+| setting | value |
+|--|--|
+| articles per update | {run_config["articles_per_update"]} |
+{rows}
+
+After update {run_config["adapter_step"]}; all else is in `{RUN_CONFIG}` and `metrics.jsonl`.
+"""
+
+
+def resolve_model_folder(name: str) -> Path:
+    """Return the local folder of a model: itself, or the snapshot in the Hub's cache.
+
+    Raises:
+        UserError: a Hub id that can be had neither from the Hub nor from its cache.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "tokenizer*", "*.jinja"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # gated, unknown, offline: the Hub client says which
+        raise UserError(
+            name,
+            f"neither a folder here nor a model to be had from the Hub ({_first_line(error)})",
+            "check the name and your access, or download it and give the folder",
+        ) from None
+
+
+def model_fingerprint(folder: Path) -> str:
+    """Return a hash that tells one base model from another without reading all of it.
+
+    Of each weight file it takes the size and the first and last megabyte: shapes, dtypes and some
+    weights. (A whole 7B is 13.5 GB, half a minute of reading at every start.)
+    """
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(SAMPLED_BYTES))
+            stream.seek(max(0, size - SAMPLED_BYTES))
+            digest.update(stream.read(SAMPLED_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def _differences(recorded: dict, current: dict) -> list[str]:
+    """Return what would make a resumed run another run."""
+    free = ("output_dir", "resume_from_checkpoint", "report_to", "save_total_limit")
+    free += ("per_device_train_batch_size", "gradient_accumulation_steps", "model_name_or_path")
+    free += ("train_file", "validation_file", "prompt_file")  # their contents are compared
+    before = {k: v for k, v in recorded["arguments"].items() if k not in free}
+    after = {k: v for k, v in current["arguments"].items() if k not in free}
+    for key in ("base_fingerprint", "prompt", "articles_per_update"):
+        before[key], after[key] = recorded[key], current[key]
+    for which, record in ((before, recorded), (after, current)):
+        which["data"] = {split: file["sha256"] for split, file in record["data"].items()}
+    return [f"{k} {before.get(k)!r}, now {v!r}" for k, v in after.items() if before.get(k) != v]
+
+
+def file_sha256(file: Path) -> str:
+    """Return the hash of a file's whole content."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def note_override(flag: str, used, recorded) -> None:
+    """Say that a flag wins over what the run folder says."""
+    print(f"NOTE: {flag} {used!r} overrides {recorded!r} of the run folder", flush=True)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,335 @@
+"""Fine-tune a causal LM with QLoRA to write the titles of French news articles.
+
+    accelerate launch --config_file accelerate_configs/single_gpu.yaml scripts/train.py \\
+        --model_name_or_path meta-llama/Llama-2-7b-chat-hf --train_file train.csv \\
+        --validation_file validation.csv --output_dir runs/titles
+
+A frozen base in 4-bit NF4, LoRA on every linear layer, one loop over optimizer updates. Defaults
+are those of the report in the README, and of the QLoRA paper (arXiv 2305.14314) beyond it.
+"""
+
+import argparse
+import logging
+import math
+import os
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+from articles import Columns, check_articles, open_articles
+from exit_codes import run
+from prompting import Prompt, read_template
+from run_folder import (
+    check_model_folder,
+    check_output_dir,
+    check_tracker,
+    find_checkpoint,
+    log_metrics,
+    resolve_model_folder,
+    start_run,
+    write_run,
+)
+
+PROMPTS = Path(__file__).resolve().parent.parent / "prompts"
+
+
+def parse_args(argv=None):
+    # Without a usage line, a complaint of argparse is one line.
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    flag = argparse.BooleanOptionalAction
+    add = parser.add_argument_group("model").add_argument
+    add("--model_name_or_path", required=True, help="local folder or Hub id of the base")
+    add("--prompt_file", default=str(PROMPTS / "fr.txt"), help="template with {article} in it")
+    add("--apply_chat_template", action=flag, default=False, help="send it as a user's chat turn")
+    add = parser.add_argument_group("data").add_argument
+    add("--train_file", required=True, help=".csv[.gz], .json[l], .parquet or a Hub dataset id")
+    add("--validation_file", help="the same; without it nothing is evaluated")
+    add("--text_column", default="text", help="column of the articles")
+    add("--title_column", default="titles", help="column of the titles")
+    add("--max_length", type=int, default=1024, help="tokens of prompt, title and EOS together")
+    add("--max_title_tokens", type=int, default=128, help="of these, kept for title and EOS")
+    add = parser.add_argument_group("lora").add_argument
+    add("--lora_r", type=int, default=64, help="rank")
+    add("--lora_alpha", type=int, default=16, help="the update is scaled by alpha / rank")
+    add("--lora_dropout", type=float, default=0.1, help="share of the update's inputs dropped")
+    add("--target_modules", nargs="+", default=["all-linear"], help="names of layers to adapt")
+    add = parser.add_argument_group("optimization").add_argument
+    add("--num_train_epochs", type=int, default=2, help="passes over the articles")
+    add("--max_train_steps", type=int, help="stop after so many updates")
+    add("--per_device_train_batch_size", type=int, default=4, help="articles per forward pass")
+    add("--gradient_accumulation_steps", type=int, default=2, help="forward passes per update")
+    add("--learning_rate", type=float, default=2e-4, help="after the warm-up")
+    add("--warmup_ratio", type=float, default=0.03, help="share of the updates that warm up")
+    add("--max_grad_norm", type=float, default=0.3, help="larger gradients are scaled down to it")
+    add("--activation_checkpointing", action=flag, default=True, help="less memory, 1/3 slower")
+    add("--mixed_precision", choices=["bf16", "no"], default="bf16", help="no: all in fp32")
+    add("--seed", type=int, default=42, help="of LoRA's first values, the order and dropout")
+    add = parser.add_argument_group("logging and output").add_argument
+    add("--output_dir", required=True, help="the run's folder, new or empty")
+    add("--checkpointing_steps", type=int, help="a checkpoint every N updates too")
+    add("--save_total_limit", type=int, help="newest checkpoints to keep, beside the best")
+    add("--resume_from_checkpoint", help="'latest' or a checkpoint of this run")
+    add("--metric_for_best_model", choices=["loss", "rougeL"], default="loss", help="validation's")
+    add("--num_eval_titles", type=int, default=32, help="validation titles to write and score")
+    add("--report_to", choices=["none", "tensorboard", "wandb"], default="none", help="tracker")
+    args = parser.parse_args(argv)
+
+    for name, value in vars(args).items():
+        if name in ("lora_dropout", "warmup_ratio"):
+            if not 0 <= value < 1:
+                parser.error(f"--{name} {value}: give a number from 0 to below 1")
+        elif name not in ("seed", "num_eval_titles") and isinstance(value, int | float):
+            if not isinstance(value, bool) and not value > 0:
+                parser.error(f"--{name} {value}: give a number above 0")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    columns = Columns(text=args.text_column, title=args.title_column, id=None)
+
+    # ------------------------------------------------------------------ check all input first
+    template = read_template(args.prompt_file)
+    check_model_folder(args.model_name_or_path)
+    check_tracker(args.report_to)
+    if not args.resume_from_checkpoint:
+        check_output_dir(args.output_dir)
+    checked = {"train": check_articles(args.train_file, columns)}
+    if args.validation_file:
+        checked["validation"] = check_articles(args.validation_file, columns, "validation")
+
+    # These take seconds to import, which a complaint about the input should not have to wait for.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of optional kernels not installed
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed, tqdm
+    from bitsandbytes.optim import PagedAdamW32bit
+    from peft import LoraConfig, get_peft_model
+
+    from batching import deal, dropout_seed, epoch_order, pad_left
+    from checkpoints import (
+        load_checkpoint,
+        rotate_checkpoints,
+        save_adapter,
+        save_checkpoint,
+    )
+    from memory import peak_memory
+    from modeling import load_base, load_tokenizer
+    from plan import describe_plan, measure_lengths
+
+    # ------------------------------------------------------------------ accelerator and seed
+    # The update is spelled out below. Accelerate must not count micro-batches of its own, which
+    # this variable would make it do behind the script's back.
+    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
+    output_dir = Path(args.output_dir)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=output_dir / "trackers",
+    )
+    torch.backends.cuda.matmul.fp32_precision = "tf32"  # for what stays in fp32
+    set_seed(args.seed)  # the same on every process, so that LoRA begins alike everywhere
+
+    # ------------------------------------------------------------------ tokenizer and articles
+    base_folder = resolve_model_folder(args.model_name_or_path)
+    tokenizer = load_tokenizer(str(base_folder))
+    prompt = Prompt(
+        tokenizer, template, args.apply_chat_template, args.max_length, args.max_title_tokens
+    )
+    train_articles = open_articles(args.train_file, columns)
+    validation_articles = None
+    if args.validation_file:
+        validation_articles = open_articles(args.validation_file, columns, "validation")
+    lengths = measure_lengths(prompt, train_articles)
+
+    # ------------------------------------------------------------------ 4-bit base
+    dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
+    base = load_base(str(base_folder), accelerator.device, dtype, nf4=True)
+    if args.activation_checkpointing:
+        # Non-reentrant: the reentrant kind gives no gradient to LoRA below a frozen embedding.
+        enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+
+    # ------------------------------------------------------------------ LoRA
+    # Embeddings, norms and head stay in bf16 (prepare_model_for_kbit_training would make them
+    # fp32, twice the memory for the same results). The adapter is fp32: it is what AdamW updates.
+    lora_config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=args.target_modules[0] if len(args.target_modules) == 1 else args.target_modules,
+    )
+    model = get_peft_model(base, lora_config)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    # ------------------------------------------------------------------ optimizer and schedule
+    paged_adamw = PagedAdamW32bit(trainable, lr=args.learning_rate, weight_decay=0.0)
+    update_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    update_size *= accelerator.num_processes
+    updates_per_epoch = math.ceil(len(train_articles) / update_size)  # the tail is an update too
+    num_training_steps = updates_per_epoch * args.num_train_epochs
+    num_training_steps = min(num_training_steps, args.max_train_steps or num_training_steps)
+    num_warmup_steps = math.ceil(args.warmup_ratio * num_training_steps)
+
+    # ------------------------------------------------------------------ prepare
+    run_config = start_run(args, prompt, base_folder, checked, update_size)
+    state = {"completed_steps": 0, "best_step": None, "best_value": None}
+    if checkpoint := find_checkpoint(args, run_config):
+        state = load_checkpoint(checkpoint, model, paged_adamw)
+    model, optimizer = accelerator.prepare(model, paged_adamw)
+    if accelerator.is_main_process:
+        write_run(output_dir, run_config, tokenizer, state["completed_steps"])
+    accelerator.init_trackers("manchette", {k: str(v) for k, v in vars(args).items()})
+    plan = describe_plan(
+        args, accelerator, model, prompt, checked, lengths, updates_per_epoch, num_warmup_steps
+    )
+    accelerator.print(plan, flush=True)
+
+    # ------------------------------------------------------------------ train
+    model.train()
+    progress_bar = tqdm(total=num_training_steps, initial=state["completed_steps"], unit="update")
+    for step in range(state["completed_steps"], num_training_steps):
+        start_time = time.perf_counter()
+        epoch, update = divmod(step, updates_per_epoch)
+        order = epoch_order(len(train_articles), args.seed, epoch)
+        rows = train_articles[order[update * update_size : (update + 1) * update_size].tolist()]
+        examples = [prompt.encode(*row) for row in zip(rows["text"], rows["title"], strict=True)]
+        # Every process knows the whole update, and so what its own share of it weighs.
+        num_title_tokens = sum(example.num_title_ids for example in examples)
+        micro_batches = deal(
+            examples,
+            args.per_device_train_batch_size,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+
+        # -------------------------------------------------------------- one update
+        torch.manual_seed(dropout_seed(args.seed, step, accelerator.process_index))
+        for group in optimizer.param_groups:
+            # Linear warm-up, then constant; (step + 1), for a first update at 0 would be lost.
+            group["lr"] = args.learning_rate * min(1.0, (step + 1) / max(1, num_warmup_steps))
+        loss_sum = torch.zeros((), device=accelerator.device)
+        for micro_step, micro_batch in enumerate(micro_batches, start=1):
+            # Gradients travel between processes once, with the last micro-batch.
+            last = micro_step == len(micro_batches)
+            with nullcontext() if last else accelerator.no_sync(model):
+                with accelerator.autocast():
+                    loss = title_loss(model, pad_left(micro_batch, accelerator.device))
+                # Divided by the title tokens of the whole update, so that each counts the same
+                # however the update is split. (DDP takes the mean over processes: undo that.)
+                accelerator.backward(loss * accelerator.num_processes / num_title_tokens)
+            loss_sum += loss.detach()
+        grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        if finite := bool(grad_norm.isfinite()):
+            optimizer.step()
+        optimizer.zero_grad()
+        # --------------------------------------------------------------
+
+        metrics = {
+            "step": step + 1,
+            "epoch": epoch + (update + 1) / updates_per_epoch,
+            "loss": accelerator.reduce(loss_sum).item() / num_title_tokens,
+            "learning_rate": optimizer.param_groups[0]["lr"],
+            "grad_norm": grad_norm.item(),  # before clipping
+            "skipped": not finite,
+            "articles": len(examples),
+            "title_tokens": num_title_tokens,
+            "tokens": sum(len(example.ids) for example in examples),  # without padding
+            "seconds": time.perf_counter() - start_time,
+        }
+        state["completed_steps"] = step + 1
+        log_metrics(accelerator, output_dir, metrics)
+        progress_bar.set_postfix_str(
+            f"loss {metrics['loss']:.3f}, lr {metrics['learning_rate']:.1e}, "
+            f"{metrics['tokens'] / metrics['seconds']:,.0f} tokens/s"
+        )
+        progress_bar.update()
+
+        # After each epoch, every N updates and at the end: evaluate, then save, on all processes.
+        every = args.checkpointing_steps
+        if (update + 1 == updates_per_epoch or step + 1 == num_training_steps) or (
+            every and (step + 1) % every == 0
+        ):
+            if validation_articles is not None:
+                evaluate(accelerator, model, prompt, validation_articles, args, state)
+            if accelerator.is_main_process:
+                folder = output_dir / "checkpoints"
+                save_checkpoint(folder, accelerator.unwrap_model(model), paged_adamw, state)
+                rotate_checkpoints(folder, state["best_step"], args.save_total_limit)
+            accelerator.wait_for_everyone()
+    progress_bar.close()
+
+    # ------------------------------------------------------------------ save
+    if accelerator.is_main_process:
+        save_adapter(accelerator.unwrap_model(model), state, output_dir)
+    accelerator.end_training()
+    accelerator.print(f"done: {output_dir}; peak memory {peak_memory(accelerator.device)}")
+
+
+def title_loss(model, batch):
+    """Return the cross-entropy of title tokens and EOS, summed over a batch of `pad_left`."""
+    import torch.nn.functional as F
+
+    from batching import IGNORED
+
+    inputs, labels = {k: v for k, v in batch.items() if k != "labels"}, batch["labels"]
+    # All titles end in the last column, and the logits of a column predict the next one.
+    logits = model(**inputs, use_cache=False, logits_to_keep=labels.shape[1] + 1).logits[:, :-1]
+    return F.cross_entropy(
+        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+
+
+def evaluate(accelerator, model, prompt, articles, args, state) -> None:
+    """Log validation loss and ROUGE-L, show three titles, and note in `state` if this is the best.
+
+    Each process takes its share of the rows; the unwrapped model runs, for the shares may differ
+    by a batch and DDP would wait for it.
+    """
+    import torch
+    from accelerate.utils import gather_object
+
+    from batching import deal, pad_left
+    from infer import generate_titles
+    from score import score_titles
+
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    unwrapped = accelerator.unwrap_model(model).eval()
+    totals = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    with torch.no_grad(), accelerator.autocast():
+        mine = list(range(rank, len(articles), world_size))
+        for start in range(0, len(mine), 64):
+            rows = articles[mine[start : start + 64]]
+            examples = [prompt.encode(*row) for row in zip(rows["text"], rows["title"], strict=True)]
+            for micro_batch in deal(examples, args.per_device_train_batch_size):
+                batch = pad_left(micro_batch, accelerator.device)
+                totals[0] += title_loss(unwrapped, batch)
+                totals[1] += sum(example.num_title_ids for example in micro_batch)
+        # Titles of evenly spaced rows, the same at every evaluation.
+        stride = max(1, len(articles) // max(1, args.num_eval_titles))
+        sample = range(0, len(articles), stride)[: args.num_eval_titles]
+        rows = articles[list(sample[rank::world_size])]
+        generated = dict(generate_titles(unwrapped, prompt, rows["text"]))
+    titles = [(generated[i].title, rows["title"][i]) for i in range(len(generated))]
+    model.train()
+
+    loss_sum, num_tokens = accelerator.reduce(totals).tolist()
+    figures = {"eval_loss": loss_sum / num_tokens}
+    if titles := gather_object(titles):
+        predictions, references = zip(*titles, strict=True)
+        rouge = score_titles(predictions, references, language=False)["rouge"]
+        figures["eval_rougeL"] = rouge["default"]["rougeL"]
+        for prediction, reference in titles[:3]:
+            accelerator.print(f"\n  written: {prediction}\n  true:    {reference}")
+    log_metrics(accelerator, Path(args.output_dir), {"step": state["completed_steps"]} | figures)
+    accelerator.print(", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+    value = figures["eval_loss"] if args.metric_for_best_model == "loss" else -figures["eval_rougeL"]
+    if state["best_value"] is None or value < state["best_value"]:
+        state |= {"best_step": state["completed_steps"], "best_value": value}
+
+
+if __name__ == "__main__":
+    run(main)

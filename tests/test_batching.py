@@ -1,0 +1,108 @@
+"""batching.py: order, dealing and padding. Run: python -m pytest tests/test_batching.py"""
+
+import itertools
+import random
+
+import pytest
+import torch
+
+from batching import IGNORED, deal, dropout_seed, epoch_order, pad_left
+from prompting import Example
+
+CPU = torch.device("cpu")
+
+
+def make_examples(count: int, seed: int = 0) -> list[Example]:
+    """Return examples whose ids are all different, so that they can be told apart."""
+    rng, ids = random.Random(seed), itertools.count(10)
+    examples = []
+    for _ in range(count):
+        prompt, title = rng.randint(1, 30), rng.randint(1, 9)
+        examples.append(Example([next(ids) for _ in range(prompt + title)], prompt, False))
+    return examples
+
+
+def test_an_epoch_has_every_row_once_in_an_order_of_its_own():
+    orders = [epoch_order(101, seed, epoch).tolist() for seed in (0, 1) for epoch in (0, 1)]
+    assert all(sorted(order) == list(range(101)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 4
+    assert epoch_order(101, 1, 1).tolist() == orders[3]
+    torch.manual_seed(99)  # whatever happened before
+    assert epoch_order(101, 0, 0).tolist() == orders[0]
+
+
+def test_dropout_seeds_differ_by_seed_step_and_rank():
+    seeds = {dropout_seed(s, t, r) for s in range(3) for t in range(50) for r in range(8)}
+    assert len(seeds) == 3 * 50 * 8
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 9, 16])
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_dealing_gives_each_article_once_and_as_many_rounds_to_all(
+    count, micro_batch_size, world_size
+):
+    examples = make_examples(count)
+    hands = [deal(examples, micro_batch_size, rank, world_size) for rank in range(world_size)]
+    assert len({len(hand) for hand in hands}) == 1
+    dealt = [example for hand in hands for micro_batch in hand for example in micro_batch]
+    with_loss = [tuple(example.ids) for example in dealt if example.num_title_ids]
+    assert sorted(with_loss) == sorted(tuple(example.ids) for example in examples)
+    for micro_batch in itertools.chain(*hands):
+        assert 1 <= len(micro_batch) <= micro_batch_size
+    # As few rounds as there can be.
+    assert len(hands[0]) == -(-count // (micro_batch_size * world_size))
+
+
+def test_articles_of_similar_length_go_together():
+    hand = deal(make_examples(16), 4)
+    lengths = [[len(example.ids) for example in micro_batch] for micro_batch in hand]
+    assert list(itertools.chain(*lengths)) == sorted(itertools.chain(*lengths), reverse=True)
+
+
+def test_padding_is_on_the_left_and_made_from_lengths():
+    examples = [Example([5, 6, 7, 0], 2, False), Example([0, 8], 1, False), Example([9] * 6, 6, False)]
+    batch = pad_left(examples, CPU)
+    assert batch["input_ids"].tolist() == [[0, 0, 5, 6, 7, 0], [0, 0, 0, 0, 0, 8], [9] * 6]
+    assert batch["attention_mask"].tolist() == [[0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1], [1] * 6]
+    assert batch["position_ids"].tolist() == [
+        [0, 0, 0, 1, 2, 3],
+        [0, 0, 0, 0, 0, 1],
+        [0, 1, 2, 3, 4, 5],
+    ]
+    # The id 0 is a label where it is a title's, and the third row, a dealt dummy, has none.
+    assert batch["labels"].tolist() == [[7, 0], [IGNORED, 8], [IGNORED, IGNORED]]
+
+
+def test_a_batch_without_titles_has_a_loss_of_zero_and_gradients_of_zero():
+    batch = pad_left([Example([1, 2, 3], 3, False)], CPU)
+    assert batch["labels"].tolist() == [[IGNORED]]
+    logits = torch.randn(1, 7, requires_grad=True)
+    loss = torch.nn.functional.cross_entropy(
+        logits, batch["labels"][0], ignore_index=IGNORED, reduction="sum"
+    )
+    loss.backward()
+    assert loss.item() == 0
+    assert not logits.grad.any()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_left_padding_changes_no_logit_whatever_the_positions_are(family):
+    """Rotary positions would forgive positions that count the padding; learned ones do not."""
+    from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 99, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32}
+    if family == "llama":
+        config = LlamaConfig(**sizes, intermediate_size=48, initializer_range=0.2)
+    else:
+        config = GPT2Config(vocab_size=99, n_layer=2, n_head=2, n_embd=32, initializer_range=0.2)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    examples = [Example([11, 12, 13, 14, 15, 16, 17], 4, False), Example([21, 22, 23], 1, False)]
+    batch = pad_left(examples, CPU)
+    labels = batch.pop("labels")
+    logits = model(**batch, use_cache=False, logits_to_keep=labels.shape[1] + 1).logits
+    for row, example in enumerate(examples):
+        alone = model(input_ids=torch.tensor([example.ids]), use_cache=False).logits[0]
+        count = example.num_title_ids + 1
+        torch.testing.assert_close(logits[row, -count:], alone[-count:], rtol=1e-5, atol=1e-5)

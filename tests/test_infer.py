@@ -1,0 +1,329 @@
+"""infer.py: titles of a file. Run: python -m pytest tests/test_infer.py"""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import (
+    SCRIPTS,
+    byte_level_tokenizer,
+    call,
+    french_rows,
+    read_csv,
+    save_tiny_model,
+    write_csv,
+)
+
+import infer
+from exit_codes import UserError
+from prompting import Prompt
+
+CPU = torch.device("cpu")
+
+
+def args_for(news, output_file, *more):
+    return ("--input_file", news / "test.csv", "--output_file", output_file, *more)
+
+
+@pytest.fixture(scope="module")
+def predicted(trained, news, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("predicted")
+    call(infer.main, "--run_dir", trained, *args_for(news, folder / "adapter.csv"))
+    return folder
+
+
+def details(file):
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return lines[0], lines[1:]
+
+
+def test_predictions_are_a_submission_in_input_order(predicted, news):
+    rows = read_csv(predicted / "adapter.csv")
+    assert list(rows[0]) == ["ID", "titles"]
+    assert [row["ID"] for row in rows] == [row["ID"] for row in read_csv(news / "test.csv")]
+    assert all("\n" not in row["titles"] and "<|" not in row["titles"] for row in rows)
+    assert {p.name for p in predicted.iterdir()} == {"adapter.csv", "adapter.jsonl"}
+
+
+def test_details_stand_beside_under_a_line_of_settings(predicted, trained, news):
+    record, rows = details(predicted / "adapter.jsonl")
+    assert record["adapter"] == str(trained)
+    assert record["base_weights"] == "nf4"
+    assert record["decoding"] == "greedy"
+    assert record["input"]["rows"] == 9
+    assert record["prompt"]["max_length"] == 256  # the run's
+    assert record["max_new_tokens"] == 24
+    assert list(rows[0]) == ["id", "title", "raw", "num_new_tokens", "stopped_by"]
+    assert [row["title"] for row in rows] == [r["titles"] for r in read_csv(predicted / "adapter.csv")]
+    for row in rows:
+        assert row["stopped_by"] == ("length" if row["num_new_tokens"] == 24 else "eos")
+
+
+def test_same_command_same_bytes(predicted, trained, news, tmp_path):
+    call(infer.main, "--run_dir", trained, *args_for(news, tmp_path / "again.csv"))
+    assert (tmp_path / "again.csv").read_bytes() == (predicted / "adapter.csv").read_bytes()
+
+
+def test_the_adapter_changes_the_titles(predicted, tiny_model, news, tmp_path):
+    more = ("--max_new_tokens", "24", "--max_length", "256")
+    call(infer.main, "--model_name_or_path", tiny_model, *args_for(news, tmp_path / "b.csv", *more))
+    assert read_csv(tmp_path / "b.csv") != read_csv(predicted / "adapter.csv")
+    assert details(tmp_path / "b.jsonl")[0]["adapter"] is None
+
+
+def load(folder, dtype=torch.float32, nf4=False):
+    from modeling import load_base, load_tokenizer
+
+    model = load_base(str(folder), CPU, dtype, nf4)
+    return model, Prompt(load_tokenizer(str(folder)), "{article}\nTitre :", False, 160, 12)
+
+
+ARTICLES = [row["text"] for row in french_rows(9, seed=5, longest=50)]
+
+
+@pytest.mark.parametrize("fixture", ["tiny_model", "tiny_llama2"])
+def test_in_fp32_batches_write_what_single_articles_write(fixture, request):
+    model, prompt = load(request.getfixturevalue(fixture))
+    batched = dict(infer.generate_titles(model, prompt, ARTICLES))
+    single = dict(infer.generate_titles(model, prompt, ARTICLES, max_batch_tokens=1))
+    assert batched == single
+    assert len(batched) == 9
+    assert len({title.title for title in batched.values()}) > 3
+
+
+def test_batches_keep_to_their_token_budget_and_go_from_long_to_short(tiny_model, monkeypatch):
+    model, prompt = load(tiny_model)
+    shapes, generate = [], model.generate
+
+    def spy(input_ids, **options):
+        shapes.append(tuple(input_ids.shape))
+        return generate(input_ids=input_ids, **options)
+
+    monkeypatch.setattr(model, "generate", spy)
+    order = [i for i, _ in infer.generate_titles(model, prompt, ARTICLES, max_batch_tokens=300)]
+    lengths = [len(prompt.encode(ARTICLES[index]).ids) for index in order]
+    assert lengths == sorted(lengths, reverse=True)
+    assert sum(rows for rows, _ in shapes) == 9
+    assert len(shapes) > 1
+    assert all(rows * (columns + 12) <= 300 or rows == 1 for rows, columns in shapes)
+
+
+def test_a_repositorys_generation_config_has_no_effect(tiny_model, tmp_path):
+    """Sampling would be random; a penalty on repetition would ban the article's own words."""
+    expected = [t for _, t in infer.generate_titles(*load(tiny_model), ARTICLES)]
+    folder = tmp_path / "sampling"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "generation_config.json").read_text())
+    config |= {"do_sample": True, "temperature": 5.0, "top_p": 0.9, "repetition_penalty": 1.8}
+    config |= {"no_repeat_ngram_size": 2, "max_length": 7, "num_beams": 3}
+    (folder / "generation_config.json").write_text(json.dumps(config))
+    assert [t for _, t in infer.generate_titles(*load(folder), ARTICLES)] == expected
+
+
+def test_penalties_count_the_article_which_is_why_there_are_none():
+    """Documents transformers: after "5 6 7 ... 5 6", a banned bigram bans 7."""
+    from transformers import NoRepeatNGramLogitsProcessor
+
+    processor = NoRepeatNGramLogitsProcessor(3)
+    scores = processor(torch.tensor([[5, 6, 7, 1, 2, 5, 6]]), torch.zeros(1, 9))
+    assert scores[0, 7] == -float("inf")
+
+
+def test_other_ends_of_turn_stop_a_chat_model_too(tiny_model, monkeypatch):
+    model, prompt = load(tiny_model)
+    written, decode = [], prompt.decode
+    monkeypatch.setattr(prompt, "decode", lambda ids: written.append(ids) or decode(ids))
+    list(infer.generate_titles(model, prompt, ARTICLES[:1]))
+    model, _ = load(tiny_model)
+    model.generation_config.eos_token_id = [prompt.tokenizer.eos_token_id, written[0][2]]
+    [(_, cut)] = infer.generate_titles(model, prompt, ARTICLES[:1])
+    assert cut.stopped_by == "eos"
+    assert cut.num_new_tokens <= 3
+
+
+def test_learns_to_stop(tiny_model, tmp_path):
+    """Four rows learnt by heart: each title is written, and then EOS, though pad == eos."""
+    import train
+
+    rows = french_rows(4, seed=6, longest=8)
+    write_csv(tmp_path / "train.csv", rows)
+    call(
+        train.main,
+        *("--model_name_or_path", tiny_model, "--train_file", tmp_path / "train.csv"),
+        *("--output_dir", tmp_path / "run", "--max_length", "128", "--max_title_tokens", "48"),
+        *("--num_train_epochs", "60", "--learning_rate", "0.02", "--lora_r", "32"),
+        *("--lora_dropout", "0", "--max_grad_norm", "1", "--no-activation_checkpointing"),
+        *("--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1"),
+    )
+    inputs = ("--input_file", tmp_path / "train.csv", "--output_file", tmp_path / "out.csv")
+    call(infer.main, "--run_dir", tmp_path / "run", *inputs)
+    assert [r["titles"] for r in read_csv(tmp_path / "out.csv")] == [r["titles"] for r in rows]
+    assert {row["stopped_by"] for row in details(tmp_path / "out.jsonl")[1]} == {"eos"}
+
+
+# ---------------------------------------------------------------------- the run's own prompt
+
+
+def test_editing_prompts_after_training_changes_nothing(predicted, trained, news, tmp_path):
+    """The run folder has the text; prompts/ is not read."""
+    folder = tmp_path / "elsewhere"
+    shutil.copytree(SCRIPTS, folder / "scripts")
+    (folder / "prompts").mkdir()
+    import subprocess
+    import sys
+
+    command = [sys.executable, str(folder / "scripts/infer.py"), "--run_dir", str(trained)]
+    command += [str(a) for a in args_for(news, tmp_path / "out.csv")]
+    subprocess.run(command, check=True, capture_output=True)
+    assert (tmp_path / "out.csv").read_bytes() == (predicted / "adapter.csv").read_bytes()
+
+
+def test_another_prompt_is_used_and_noted(predicted, trained, news, tmp_path, capsys):
+    prompt = SCRIPTS.parent / "prompts/en.txt"
+    more = ("--prompt_file", prompt)
+    call(infer.main, "--run_dir", trained, *args_for(news, tmp_path / "en.csv", *more))
+    assert "NOTE: --prompt_file" in capsys.readouterr().out
+    record, _ = details(tmp_path / "en.jsonl")
+    assert record["prompt"]["template"].startswith("Here is a news article")
+    assert read_csv(tmp_path / "en.csv") != read_csv(predicted / "adapter.csv")
+
+
+def test_another_tokenizer_is_refused(trained, news, tmp_path):
+    from conftest import sentencepiece_tokenizer
+
+    run_dir = tmp_path / "run"
+    shutil.copytree(trained, run_dir)
+    for file in run_dir.glob("tokenizer*"):
+        file.unlink()
+    sentencepiece_tokenizer(tmp_path / "sp").save_pretrained(run_dir)
+    with pytest.raises(UserError, match="other ids with this tokenizer"):
+        call(infer.main, "--run_dir", run_dir, *args_for(news, tmp_path / "out.csv"))
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_another_base_is_refused(trained, news, tmp_path):
+    other = save_tiny_model(tmp_path / "other", byte_level_tokenizer(), tie=True, seed=1)
+    more = ("--model_name_or_path", other)
+    with pytest.raises(UserError, match="not the base that .* was trained on"):
+        call(infer.main, "--run_dir", trained, *args_for(news, tmp_path / "out.csv", *more))
+
+
+def test_a_base_that_has_moved_is_taken_and_noted(
+    predicted, trained, tiny_model, news, tmp_path, capsys
+):
+    shutil.copytree(tiny_model, tmp_path / "moved")
+    more = ("--model_name_or_path", tmp_path / "moved")
+    call(infer.main, "--run_dir", trained, *args_for(news, tmp_path / "out.csv", *more))
+    assert "NOTE: --model_name_or_path" in capsys.readouterr().out
+    assert (tmp_path / "out.csv").read_bytes() == (predicted / "adapter.csv").read_bytes()
+
+
+# ---------------------------------------------------------------------- going on, and not mixing
+
+
+def test_goes_on_after_a_torn_line_and_ends_with_the_same_bytes(
+    predicted, trained, news, tmp_path, capsys
+):
+    record, rows = details(predicted / "adapter.jsonl")
+    part = tmp_path / "out.part-0.jsonl"
+    with part.open("w", encoding="utf-8") as stream:
+        stream.write(json.dumps(record) + "\n")
+        for index in (7, 2):
+            stream.write(json.dumps({"index": index} | rows[index], ensure_ascii=False) + "\n")
+        stream.write('{"index": 5, "id": "a5", "tit')  # killed here
+    call(infer.main, "--run_dir", trained, *args_for(news, tmp_path / "out.csv"))
+    assert "going on after 2 titles" in capsys.readouterr().out
+    for suffix in ("csv", "jsonl"):
+        again, first = tmp_path / f"out.{suffix}", predicted / f"adapter.{suffix}"
+        assert again.read_bytes() == first.read_bytes()
+    assert not part.exists()
+
+
+def test_an_unfinished_run_of_other_settings_is_refused(predicted, trained, news, tmp_path):
+    record, _ = details(predicted / "adapter.jsonl")
+    part = tmp_path / "out.part-0.jsonl"
+    part.write_text(json.dumps(record | {"max_new_tokens": 5}) + "\n")
+    with pytest.raises(UserError, match="an unfinished run had other settings"):
+        call(infer.main, "--run_dir", trained, *args_for(news, tmp_path / "out.csv"))
+
+
+def test_finished_predictions_are_kept(predicted, trained, news, capsys):
+    file = predicted / "adapter.csv"
+    before = file.stat().st_mtime_ns
+    call(infer.main, "--run_dir", trained, *args_for(news, file))
+    assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(UserError, match="predictions of other settings already"):
+        call(infer.main, "--run_dir", trained, *args_for(news, file, "--max_new_tokens", "5"))
+    assert file.stat().st_mtime_ns == before
+
+
+# ---------------------------------------------------------------------- as a user runs it
+
+
+def test_through_accelerate_launch(run_script, predicted, trained, news, tmp_path):
+    arguments = args_for(news, tmp_path / "out.csv")
+    result = run_script("infer.py", "--run_dir", trained, *arguments, launch=True, cwd=tmp_path)
+    assert "done: 9 titles" in result.stdout
+    assert (tmp_path / "out.csv").read_bytes() == (predicted / "adapter.csv").read_bytes()
+    assert "FutureWarning" not in result.stderr
+
+
+def test_rows_without_ids_count_from_0(trained, news, tmp_path):
+    rows = [{"text": row["text"]} for row in read_csv(news / "test.csv")]
+    write_csv(tmp_path / "bare.csv", rows)
+    more = ("--input_file", tmp_path / "bare.csv")
+    call(infer.main, "--run_dir", trained, *args_for(news, tmp_path / "out.csv", *more))
+    assert [row["ID"] for row in read_csv(tmp_path / "out.csv")] == [str(n) for n in range(9)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            ["--run_dir", "{tmp}"],
+            "error: {tmp}: no run_config.json in it; give the output folder of train.py",
+        ),
+        (
+            ["--input_file", "none.csv"],
+            "error: none.csv: there is no such file; check the path",
+        ),
+        (
+            ["--output_file", "{tmp}/no/out.csv"],
+            "error: {tmp}/no/out.csv: there is no such folder; make it first",
+        ),
+        (
+            ["--output_file", "out.txt"],
+            "infer.py: error: --output_file out.txt: give a name that ends in .csv",
+        ),
+        (
+            ["--max_new_tokens", "0"],
+            "infer.py: error: --max_new_tokens 0: give a number above 0",
+        ),
+        (
+            ["--prompt_file", "none.txt"],
+            "error: none.txt: no readable prompt ([Errno 2] No such file or directory: "
+            "'none.txt'); give a file of prompts/",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    run_script, trained, news, tmp_path, change, message
+):
+    change = [part.format(tmp=tmp_path) for part in change]
+    arguments = ("--run_dir", trained, *args_for(news, tmp_path / "out.csv", *change))
+    result = run_script("infer.py", *arguments, code=2, cwd=tmp_path)
+    assert result.stderr == message.format(tmp=tmp_path) + "\n"
+    assert result.stdout == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unfinished_run_has_no_adapter_yet(run_script, trained, news, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(trained, run_dir)
+    (run_dir / "adapter_model.safetensors").unlink()
+    arguments = ("--run_dir", run_dir, *args_for(news, tmp_path / "out.csv"))
+    result = run_script("infer.py", *arguments, code=2)
+    assert result.stderr == (
+        f"error: {run_dir}: no adapter_model.safetensors in it; let the training finish first\n"
+    )

@@ -1,0 +1,197 @@
+"""modeling.py: precision as asked, adapters that fit. Run: python -m pytest tests/test_modeling.py"""
+
+import shutil
+
+import pytest
+import torch
+from conftest import byte_level_tokenizer, save_tiny_model
+
+import modeling
+from exit_codes import UserError
+
+CPU = torch.device("cpu")
+
+
+def with_lora(base, **changes):
+    from peft import LoraConfig, get_peft_model
+
+    options = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False} | changes
+    return get_peft_model(base, LoraConfig(**options))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_base_is_nf4_with_the_asked_compute_dtype(tiny_model, dtype):
+    from bitsandbytes.nn import Linear4bit
+
+    model = modeling.load_base(str(tiny_model), CPU, dtype, nf4=True)
+    layers = [m for m in model.modules() if isinstance(m, Linear4bit)]
+    assert len(layers) == 14
+    for layer in layers:
+        state = layer.weight.quant_state
+        assert (state.quant_type, state.nested, layer.compute_dtype) == ("nf4", True, dtype)
+        assert state.dtype == dtype
+    assert not isinstance(model.lm_head, Linear4bit)
+    others = [p for p in model.parameters() if not hasattr(p, "quant_state")]
+    assert {p.dtype for p in others} == {dtype}
+    assert not any(p.requires_grad for p in model.parameters())
+    assert not model.training
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"bnb_4bit_quant_typ": "nf4"},  # misspelt: swallowed, and FP4 is the default
+        {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16},  # single
+        {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},  # fp32 compute
+    ],
+)
+def test_a_config_that_is_not_what_it_says_is_caught(tiny_model, monkeypatch, wrong):
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(load_in_4bit=True, **wrong)
+    monkeypatch.setattr(modeling, "nf4_config", lambda dtype: config)
+    with pytest.raises(RuntimeError, match="type, nested, compute dtype"):
+        modeling.load_base(str(tiny_model), CPU, torch.bfloat16, nf4=True)
+
+
+def test_a_model_that_was_not_quantized_is_caught(tiny_model, monkeypatch):
+    monkeypatch.setattr(modeling, "nf4_config", lambda dtype: None)
+    with pytest.raises(RuntimeError, match="not Linear4bit"):
+        modeling.load_base(str(tiny_model), CPU, torch.bfloat16, nf4=True)
+
+
+def lora_gradients(model):
+    torch.manual_seed(0)
+    model.train()
+    model.zero_grad()
+    ids = torch.arange(3, 60).reshape(1, -1)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=ids, use_cache=False).logits.float().logsumexp(-1).sum().backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def evaluate_once(model):
+    model.eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=torch.arange(3, 60).reshape(1, -1), use_cache=False)
+
+
+def test_gradients_are_the_same_after_an_evaluation(tiny_model):
+    """On CPUs with AVX512-BF16, bitsandbytes' evaluation forward would break them for good."""
+    model = with_lora(modeling.load_base(str(tiny_model), CPU, torch.bfloat16, nf4=True))
+    before = lora_gradients(model)
+    evaluate_once(model)
+    after = lora_gradients(model)
+    assert len(before) == 28
+    for name, gradient in before.items():
+        assert gradient.any(), name
+        assert torch.equal(gradient, after[name]), name
+
+
+def test_the_workaround_is_what_keeps_them(tiny_model, monkeypatch):
+    """Fails when bitsandbytes has mended it: then `keep_gradients_on_cpu` can go."""
+    from bitsandbytes.nn.modules import has_avx512bf16
+
+    if not has_avx512bf16():
+        pytest.skip("this CPU has no AVX512-BF16")
+    monkeypatch.setattr(modeling, "keep_gradients_on_cpu", lambda model: None)
+    model = with_lora(modeling.load_base(str(tiny_model), CPU, torch.bfloat16, nf4=True))
+    before = lora_gradients(model)
+    evaluate_once(model)
+    after = lora_gradients(model)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def save_adapter(model, folder):
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return str(folder)
+
+
+def test_an_adapter_comes_back_bit_by_bit(tiny_model, tmp_path):
+    model = with_lora(modeling.load_base(str(tiny_model), CPU, torch.bfloat16, nf4=True)).eval()
+    folder = save_adapter(model, tmp_path / "adapter")
+    base = modeling.load_base(str(tiny_model), CPU, torch.bfloat16, nf4=True)
+    again = modeling.attach_adapter(base, folder)
+    ids = torch.arange(3, 60).reshape(1, -1)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, again(input_ids=ids).logits)
+    expected = modeling.adapter_state_dict(model)
+    found = modeling.adapter_state_dict(again)
+    assert expected.keys() == found.keys()
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    assert not any(p.requires_grad for p in again.parameters())
+
+
+def test_an_adapter_with_a_wrong_key_is_refused(tiny_model, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = with_lora(modeling.load_base(str(tiny_model), CPU, torch.bfloat16, nf4=True))
+    folder = save_adapter(model, tmp_path / "adapter")
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    tensors = load_file(file)
+    key = next(key for key in tensors if "layers.1" in key and "q_proj.lora_B" in key)
+    tensors[key.replace("q_proj", "wrong")] = tensors.pop(key)
+    save_file(tensors, file)
+    base = modeling.load_base(str(tiny_model), CPU, torch.bfloat16, nf4=True)
+    with pytest.raises(UserError, match=r"does not fit this base at base_model\.model\.model"):
+        modeling.attach_adapter(base, folder)
+
+
+def test_an_adapter_of_a_wider_base_is_refused(tiny_model, tmp_path):
+    wide = save_tiny_model(tmp_path / "wide", byte_level_tokenizer(), hidden_size=128)
+    model = with_lora(modeling.load_base(str(wide), CPU, torch.bfloat16, nf4=True))
+    folder = save_adapter(model, tmp_path / "adapter")
+    base = modeling.load_base(str(tiny_model), CPU, torch.bfloat16, nf4=True)
+    with pytest.raises(UserError, match="does not fit this base"):
+        modeling.attach_adapter(base, folder)
+
+
+def test_a_truncated_adapter_is_refused(tiny_model, tmp_path):
+    model = with_lora(modeling.load_base(str(tiny_model), CPU, torch.bfloat16, nf4=True))
+    folder = save_adapter(model, tmp_path / "adapter")
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    base = modeling.load_base(str(tiny_model), CPU, torch.bfloat16, nf4=True)
+    with pytest.raises(UserError, match="cannot be read"):
+        modeling.attach_adapter(base, folder)
+
+
+def test_an_adapter_that_changes_nothing_is_noted(tiny_model, tmp_path, capsys):
+    base = modeling.load_base(str(tiny_model), CPU, torch.bfloat16, nf4=True)
+    folder = save_adapter(with_lora(base, init_lora_weights=True), tmp_path / "fresh")
+    base = modeling.load_base(str(tiny_model), CPU, torch.bfloat16, nf4=True)
+    modeling.attach_adapter(base, folder)
+    assert "changes nothing (every lora_B is zero)" in capsys.readouterr().out
+
+
+def test_another_kind_of_adapter_is_refused(tiny_model, tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    base = modeling.load_base(str(tiny_model), CPU, torch.bfloat16, nf4=False)
+    with pytest.raises(UserError, match="peft_type is 'IA3', not 'LORA'"):
+        modeling.attach_adapter(base, str(tmp_path))
+
+
+def test_truncated_weights_and_missing_tokenizers_are_told_in_one_line(tiny_model, tmp_path):
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny_model, folder)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match="the model cannot be loaded"):
+        modeling.load_base(str(folder), CPU, torch.bfloat16, nf4=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    with pytest.raises(UserError, match="no usable tokenizer"):
+        modeling.load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_generation_works_in_and_out_of_autocast(tiny_model, autocast):
+    from infer import generate_titles
+    from prompting import Prompt
+
+    model = with_lora(modeling.load_base(str(tiny_model), CPU, torch.bfloat16, nf4=True)).eval()
+    prompt = Prompt(modeling.load_tokenizer(str(tiny_model)), "{article}\nTitre :", False, 128, 8)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        titles = list(generate_titles(model, prompt, ["Le maire de Nîmes", "Un but"]))
+    assert sorted(index for index, _ in titles) == [0, 1]
+    assert all(1 <= title.num_new_tokens <= 8 for _, title in titles)

@@ -1,0 +1,575 @@
+"""train.py: what it computes and what it leaves. Run: python -m pytest tests/test_train.py"""
+
+import ast
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+from conftest import SCRIPTS, call, french_rows, train_args, write_csv
+
+import train
+
+EXACT = ("--lora_dropout", "0", "--mixed_precision", "no", "--num_train_epochs", "1")
+
+
+def metrics(run_dir) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def updates(run_dir) -> list[dict]:
+    return [row for row in metrics(run_dir) if "loss" in row]
+
+
+def adapter(run_dir) -> dict:
+    from safetensors.torch import load_file
+
+    return load_file(run_dir / "adapter_model.safetensors")
+
+
+def difference(one: dict, other: dict) -> float:
+    """Return the relative difference of two adapters, all matrices together."""
+    assert one.keys() == other.keys()
+    assert one
+    squares = sum(((one[k] - other[k]).double() ** 2).sum() for k in one)
+    return math.sqrt(squares / sum((one[k].double() ** 2).sum() for k in one))
+
+
+# ---------------------------------------------------------------------- the folder
+
+
+def test_run_folder_has_exactly_these_files(trained):
+    found = {str(p.relative_to(trained)) for p in trained.rglob("*") if p.is_file()}
+    expected = {"adapter_model.safetensors", "adapter_config.json", "run_config.json"}
+    expected |= {"metrics.jsonl", "README.md"}
+    expected |= {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    for step in ("000003", "000006"):  # 22 rows, 8 an update: a checkpoint after each epoch
+        for name in ("adapter_model.safetensors", "optimizer.safetensors", "state.json"):
+            expected.add(f"checkpoints/step-{step}/{name}")
+    assert found == expected
+
+
+def test_run_config_describes_the_run(trained, tiny_model, news):
+    config = json.loads((trained / "run_config.json").read_text())
+    assert config["base_model"] == str(tiny_model)
+    assert config["arguments"]["lora_r"] == 4
+    assert config["prompt"]["template"] == (SCRIPTS.parent / "prompts/fr.txt").read_text().rstrip()
+    assert config["data"]["train"]["rows"] == 22
+    assert config["versions"].keys() >= {"torch", "transformers", "peft", "bitsandbytes"}
+    assert "[INST]" not in config["prompt"]["template"]
+
+
+def test_checkpoints_hold_the_adapter_and_not_the_base(trained):
+    from safetensors import safe_open
+
+    for file in (trained / "checkpoints").rglob("*.safetensors"):
+        with safe_open(file, framework="pt") as stream:
+            keys = list(stream.keys())
+        assert keys
+        assert all("lora_" in key for key in keys)
+
+
+@pytest.fixture
+def best_is_step_3(monkeypatch):
+    """Let the first epoch be judged the best, whatever training does."""
+    original = train.evaluate
+
+    def evaluate(accelerator, model, prompt, articles, args, state):
+        original(accelerator, model, prompt, articles, args, state)
+        state |= {"best_step": min(3, state["completed_steps"]), "best_value": 0.0}
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+
+
+def test_the_best_checkpoint_is_what_the_folder_holds(best_is_step_3, tiny_model, news, tmp_path):
+    from safetensors.torch import load_file
+
+    call(train.main, *train_args(tiny_model, news, tmp_path / "run"))
+    checkpoints = tmp_path / "run/checkpoints"
+    best = load_file(checkpoints / "step-000003/adapter_model.safetensors")
+    last = load_file(checkpoints / "step-000006/adapter_model.safetensors")
+    assert difference(adapter(tmp_path / "run"), best) == 0
+    assert difference(adapter(tmp_path / "run"), last) > 0.01
+    assert json.loads((tmp_path / "run/run_config.json").read_text())["adapter_step"] == 3
+
+
+def test_save_total_limit_keeps_the_newest_and_the_best(best_is_step_3, tiny_model, news, tmp_path):
+    more = ("--checkpointing_steps", "1", "--save_total_limit", "1")
+    call(train.main, *train_args(tiny_model, news, tmp_path / "run", *more))
+    names = {path.name for path in (tmp_path / "run/checkpoints").iterdir()}
+    assert names == {"step-000003", "step-000006"}
+
+
+@pytest.mark.parametrize(("metric", "key", "choose"), [("loss", "loss", min), ("rougeL", "rougeL", max)])
+def test_best_is_the_lowest_loss_or_the_highest_rouge(
+    tiny_model, news, tmp_path, metric, key, choose
+):
+    more = ("--metric_for_best_model", metric, "--checkpointing_steps", "1", "--num_eval_titles", "7")
+    more += ("--learning_rate", "0.1", "--num_train_epochs", "3")
+    call(train.main, *train_args(tiny_model, news, tmp_path / "run", *more))
+    values = {r["step"]: r[f"eval_{key}"] for r in metrics(tmp_path / "run") if "eval_loss" in r}
+    assert len(values) == 9
+    best = choose(values, key=values.get)  # the first, if several are equal
+    assert json.loads((tmp_path / "run/run_config.json").read_text())["adapter_step"] == best
+
+
+# ---------------------------------------------------------------------- numbers that decide
+
+
+def test_updates_count_the_tail_and_every_row_once(trained):
+    rows = updates(trained)
+    assert [row["articles"] for row in rows] == [8, 8, 6, 8, 8, 6]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["epoch"] for row in rows[2::3]] == [1, 2]
+
+
+def test_learning_rate_warms_up_from_a_first_update_that_counts(tiny_model, news, tmp_path):
+    more = ("--warmup_ratio", "0.5", "--learning_rate", "1e-3")
+    call(train.main, *train_args(tiny_model, news, tmp_path / "run", *more))
+    found = [row["learning_rate"] for row in updates(tmp_path / "run")]
+    assert found == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3, 1e-3, 1e-3, 1e-3])
+
+
+def test_no_warm_up_is_constant_from_the_start(tiny_model, news, tmp_path):
+    more = ("--warmup_ratio", "0", "--learning_rate", "1e-3", "--max_train_steps", "2")
+    call(train.main, *train_args(tiny_model, news, tmp_path / "run", *more))
+    assert [row["learning_rate"] for row in updates(tmp_path / "run")] == [1e-3, 1e-3]
+
+
+@pytest.fixture(scope="module")
+def one_by_one(tiny_model, news, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("split") / "1x8"
+    more = ("--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "8")
+    call(train.main, *train_args(tiny_model, news, run_dir, *EXACT, *more))
+    return run_dir
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(8, 1), (4, 2), (2, 4)])
+def test_any_split_of_an_update_trains_the_same(
+    one_by_one, tiny_model, news, tmp_path, batch, accumulation
+):
+    more = ("--per_device_train_batch_size", batch, "--gradient_accumulation_steps", accumulation)
+    call(train.main, *train_args(tiny_model, news, tmp_path / "run", *EXACT, *more))
+    for row, other in zip(updates(tmp_path / "run"), updates(one_by_one), strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+        assert row["title_tokens"] == other["title_tokens"]
+    assert difference(adapter(tmp_path / "run"), adapter(one_by_one)) < 1e-3
+
+
+def test_activation_checkpointing_changes_nothing(one_by_one, tiny_model, news, tmp_path):
+    more = ("--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "8")
+    more += ("--no-activation_checkpointing",)
+    call(train.main, *train_args(tiny_model, news, tmp_path / "run", *EXACT, *more))
+    assert difference(adapter(tmp_path / "run"), adapter(one_by_one)) < 1e-5
+
+
+def test_an_accumulation_set_in_the_environment_changes_nothing(
+    one_by_one, tiny_model, news, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "7")
+    more = ("--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "8")
+    call(train.main, *train_args(tiny_model, news, tmp_path / "run", *EXACT, *more))
+    assert difference(adapter(tmp_path / "run"), adapter(one_by_one)) == 0
+
+
+def test_same_seed_same_bytes_other_seed_other_bytes(trained, tiny_model, news, tmp_path):
+    call(train.main, *train_args(tiny_model, news, tmp_path / "again"))
+    call(train.main, *train_args(tiny_model, news, tmp_path / "other", "--seed", "1"))
+    content = (trained / "adapter_model.safetensors").read_bytes()
+    assert (tmp_path / "again/adapter_model.safetensors").read_bytes() == content
+    assert (tmp_path / "other/adapter_model.safetensors").read_bytes() != content
+
+
+def test_resumed_in_the_middle_of_an_epoch_ends_with_the_same_bytes(
+    trained, tiny_model, news, tmp_path
+):
+    """With dropout and bf16; `tests/test_checkpoints.py` has what is refused."""
+    steps = ("--checkpointing_steps", "2")
+    whole, halted = tmp_path / "whole", tmp_path / "halted"
+    call(train.main, *train_args(tiny_model, news, whole, *steps))
+    call(train.main, *train_args(tiny_model, news, halted, *steps))
+    for name in ("step-000006", "step-000004"):
+        for file in (halted / "checkpoints" / name).iterdir():
+            file.unlink()
+        (halted / "checkpoints" / name).rmdir()
+    (halted / "adapter_model.safetensors").unlink()
+    latest = ("--resume_from_checkpoint", halted / "checkpoints/step-000002")
+    call(train.main, *train_args(tiny_model, news, halted, *steps, *latest))
+    for name in ("adapter_model.safetensors", "checkpoints/step-000006/optimizer.safetensors"):
+        assert (halted / name).read_bytes() == (whole / name).read_bytes()
+    without_time = [
+        [{k: v for k, v in row.items() if k != "seconds"} for row in metrics(run)]
+        for run in (whole, halted)
+    ]
+    assert without_time[0] == without_time[1]
+
+
+def test_resuming_with_other_settings_is_refused(trained, tiny_model, news):
+    more = ("--resume_from_checkpoint", "latest", "--learning_rate", "0.02")
+    with pytest.raises(Exception, match=r"learning_rate 0\.01, now 0\.02"):
+        call(train.main, *train_args(tiny_model, news, trained, *more))
+
+
+# ---------------------------------------------------------------------- against a plain reference
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_model):
+    """The tiny model in NF4 with an adapter that is not zero, in fp32, and its prompt."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from modeling import load_base, load_tokenizer
+    from prompting import Prompt
+
+    torch.manual_seed(0)
+    base = load_base(str(tiny_model), torch.device("cpu"), torch.float32, nf4=True)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    prompt = Prompt(load_tokenizer(str(tiny_model)), "Article : {article}\nTitre :", False, 256, 24)
+    return get_peft_model(base, config), prompt
+
+
+def reference_loss(model, examples):
+    """Right-padded, all logits, labels as transformers takes them: the textbook way."""
+    import torch
+    import torch.nn.functional as F
+
+    total = 0
+    for example in examples:
+        ids = torch.tensor([example.ids])
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+        labels = ids[0, 1:].clone()
+        labels[: example.num_prompt_ids - 1] = -100
+        total = total + F.cross_entropy(logits, labels, reduction="sum")
+    return total
+
+
+def test_loss_and_gradients_equal_the_textbook_way(loaded):
+    import torch
+
+    from batching import pad_left
+
+    model, prompt = loaded
+    rows = french_rows(5, seed=4)
+    examples = [prompt.encode(row["text"], row["titles"]) for row in rows]
+    assert len({len(example.ids) for example in examples}) > 2
+    gradients = []
+    for loss in (
+        train.title_loss(model, pad_left(examples, torch.device("cpu"))),
+        reference_loss(model, examples),
+    ):
+        model.zero_grad()
+        loss.backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
+    assert difference(*gradients) < 1e-5
+    assert all(gradient.any() for gradient in gradients[0].values())
+
+
+def test_logits_are_made_for_titles_only(loaded, monkeypatch):
+    import torch
+
+    from batching import pad_left
+
+    model, prompt = loaded
+    examples = [prompt.encode(row["text"], row["titles"]) for row in french_rows(4, longest=200)]
+    shapes = []
+    head = model.get_base_model().lm_head
+    hook = head.register_forward_hook(lambda _, __, output: shapes.append(output.shape))
+    train.title_loss(model, pad_left(examples, torch.device("cpu")))
+    hook.remove()
+    titles = max(example.num_title_ids for example in examples)
+    assert shapes == [torch.Size([4, titles + 1, head.out_features])]
+    assert titles + 1 < max(len(example.ids) for example in examples) / 2
+
+
+def test_logged_figures_equal_an_offline_recomputation(one_by_one, tiny_model, news):
+    """The first update's loss and gradient norm, from the LoRA that the seed gives."""
+    import torch
+    from accelerate.utils import set_seed
+    from peft import LoraConfig, get_peft_model
+
+    from articles import Columns, iterate_articles
+    from batching import epoch_order
+    from modeling import load_base, load_tokenizer
+    from prompting import Prompt, read_template
+
+    set_seed(42)
+    base = load_base(str(tiny_model), torch.device("cpu"), torch.float32, nf4=True)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=16, target_modules="all-linear")
+    model = get_peft_model(base, config)
+    template = read_template(str(SCRIPTS.parent / "prompts/fr.txt"))
+    prompt = Prompt(load_tokenizer(str(tiny_model)), template, False, 256, 24)
+    rows = list(iterate_articles(str(news / "train.csv"), Columns(id=None)))
+    chosen = [rows[i] for i in epoch_order(22, 42, 0)[:8].tolist()]
+    examples = [prompt.encode(row["text"], row["title"]) for row in chosen]
+    num_title_tokens = sum(example.num_title_ids for example in examples)
+    loss = reference_loss(model, examples) / num_title_tokens
+    loss.backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.requires_grad]).norm()
+    logged = updates(one_by_one)[0]
+    assert logged["title_tokens"] == num_title_tokens
+    assert logged["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert logged["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_evaluation_loss_is_per_title_token_of_all_rows(trained, news):
+    """Recomputed from the saved adapter, one row at a time, under the same autocast."""
+    import torch
+
+    from articles import Columns, iterate_articles
+    from modeling import attach_adapter, load_base, load_tokenizer
+    from prompting import prompt_of_run
+
+    config = json.loads((trained / "run_config.json").read_text())
+    base = load_base(config["base_model"], torch.device("cpu"), torch.bfloat16, nf4=True)
+    model = attach_adapter(base, str(trained))
+    prompt = prompt_of_run(load_tokenizer(str(trained)), config["prompt"], "")
+    rows = iterate_articles(str(news / "validation.csv"), Columns(id=None))
+    examples = [prompt.encode(row["text"], row["title"]) for row in rows]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        loss = sum(reference_loss(model, [example]).float() for example in examples)
+    loss /= sum(example.num_title_ids for example in examples)
+    best = min(row["eval_loss"] for row in metrics(trained) if "eval_loss" in row)
+    assert loss.item() == pytest.approx(best, rel=5e-3)  # bf16: padding changes the rounding
+
+
+def test_clipping_bounds_the_norm_that_adamw_sees(tiny_model, news, tmp_path, monkeypatch):
+    import bitsandbytes.optim
+
+    norms = []
+
+    class Spy(bitsandbytes.optim.PagedAdamW32bit):
+        def step(self, closure=None):
+            squares = [p.grad.double().norm() ** 2 for g in self.param_groups for p in g["params"]]
+            norms.append(math.sqrt(sum(squares)))
+            return super().step(closure)
+
+    monkeypatch.setattr(bitsandbytes.optim, "PagedAdamW32bit", Spy)
+    run_dir = tmp_path / "run"
+    more = ("--max_grad_norm", "0.05", "--num_train_epochs", "1")
+    call(train.main, *train_args(tiny_model, news, run_dir, *more))
+    logged = [row["grad_norm"] for row in updates(run_dir)]
+    assert all(norm > 0.05 for norm in logged)  # before clipping
+    assert norms == pytest.approx([0.05] * 3, rel=1e-3)  # after
+
+
+# ---------------------------------------------------------------------- the method in the file
+
+
+def test_only_lora_trains_and_the_optimizer_holds_exactly_that(tiny_model, news, tmp_path, monkeypatch):
+    import bitsandbytes.optim
+    import peft
+
+    seen = {}
+    original_get, original_adamw = peft.get_peft_model, bitsandbytes.optim.PagedAdamW32bit
+
+    def get_peft_model(*args, **kwargs):
+        seen["model"] = original_get(*args, **kwargs)
+        return seen["model"]
+
+    def adamw(params, **kwargs):
+        seen["optimizer"] = original_adamw(params, **kwargs)
+        return seen["optimizer"]
+
+    monkeypatch.setattr(peft, "get_peft_model", get_peft_model)
+    monkeypatch.setattr(bitsandbytes.optim, "PagedAdamW32bit", adamw)
+    call(train.main, *train_args(tiny_model, news, tmp_path / "run", "--max_train_steps", "1"))
+    trainable = {id(p): n for n, p in seen["model"].named_parameters() if p.requires_grad}
+    held = {id(p) for group in seen["optimizer"].param_groups for p in group["params"]}
+    assert held == trainable.keys()
+    assert all("lora_" in name for name in trainable.values())
+    assert len(trainable) == 2 * 2 * 7  # A and B, 2 layers, 7 linear layers in each
+    assert all(p.grad is None for p in seen["model"].parameters())  # after the update
+    # Embeddings and norms stay in bf16, LoRA is fp32, the rest is 4-bit: nothing is copied up.
+    for name, parameter in seen["model"].named_parameters():
+        expected = "float32" if "lora_" in name else "uint8" if "base_layer" in name else "bfloat16"
+        assert str(parameter.dtype) == f"torch.{expected}", name
+    assert seen["model"].config.use_cache is True
+
+
+def test_generation_in_training_equals_that_of_the_saved_adapter(trained, tiny_model, news, capsys):
+    """Evaluation runs in evaluation mode, with the cache, after activation checkpointing."""
+    import torch
+
+    from articles import Columns, iterate_articles
+    from infer import generate_titles
+    from modeling import attach_adapter, load_base, load_tokenizer
+    from prompting import prompt_of_run
+
+    config = json.loads((trained / "run_config.json").read_text())
+    base = load_base(config["base_model"], torch.device("cpu"), torch.bfloat16, nf4=True)
+    prompt = prompt_of_run(load_tokenizer(str(trained)), config["prompt"], "")
+    texts = [r["text"] for r in iterate_articles(str(news / "validation.csv"), Columns(id=None))]
+    with torch.autocast("cpu", torch.bfloat16):
+        model = attach_adapter(base, str(trained))
+        titles = dict(generate_titles(model, prompt, texts[:6:2]))
+    rerun = trained.parent / "rerun"
+    capsys.readouterr()
+    call(train.main, *train_args(tiny_model, news, rerun))
+    printed = re.findall(r"written: (.*)", capsys.readouterr().out)
+    step = config["adapter_step"]
+    shown = printed[:3] if step == 3 else printed[3:]
+    assert [titles[i].title for i in range(3)] == shown
+
+
+def test_the_loop_can_be_read_in_one_file():
+    source = (SCRIPTS / "train.py").read_text()
+    tree = ast.parse(source)
+    assert "scripts/train.py" in ast.get_docstring(tree)
+    main = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "main")
+    loop = next(n for n in main.body if isinstance(n, ast.For) and n.target.id == "step")
+    assert loop.end_lineno - loop.lineno < 90
+    fence = [n for n, line in enumerate(source.splitlines()) if line.startswith("        # ------")]
+    assert len(fence) == 2
+    assert fence[1] - fence[0] < 40
+    order = [n.name for n in tree.body if isinstance(n, ast.FunctionDef)]
+    assert order[:2] == ["parse_args", "main"]
+
+
+@pytest.mark.parametrize("name", ["PagedAdamW32bit(", "clip_grad_norm_(", "get_peft_model("])
+def test_the_method_is_called_by_name_in_train(name):
+    assert name in (SCRIPTS / "train.py").read_text()
+
+
+def test_the_legacy_tf32_switch_is_nowhere():
+    # Mixing it with fp32_precision is an error in torch >= 2.9.
+    sources = list(SCRIPTS.glob("*.py"))
+    assert len(sources) > 5
+    assert not [path for path in sources if "allow_tf32" in path.read_text()]
+
+
+# ---------------------------------------------------------------------- what the user sees
+
+
+def test_plan_says_what_is_about_to_happen(tiny_model, news, tmp_path, capsys):
+    call(train.main, *train_args(tiny_model, news, tmp_path / "run", "--max_train_steps", "1"))
+    plan = capsys.readouterr().out
+    assert "22 rows for training, 7 for validation" in plan
+    assert re.search(r"\d+ training articles are cut to \d+ tokens", plan)
+    total = sum(row["title_tokens"] for row in updates(tmp_path / "run"))
+    per_epoch = int(re.search(r"of which ([\d,]+) title tokens", plan)[1].replace(",", ""))
+    assert per_epoch > total > 0
+    assert "1 of 8 articles (4 per device x 2 accumulated x 1 processes), 3 per epoch" in plan
+    assert "PagedAdamW32bit, unpaged: there is no GPU to page from" in plan
+    assert re.search(r"[\d,]+ of [\d,]+ parameters train", plan)
+    assert re.search(r"about [\d.]+ GiB expected at the peak", plan)
+    assert "bf16 autocast" in plan
+
+
+def test_plan_counts_equal_what_an_epoch_trains_on(trained, tiny_model, news, tmp_path, capsys):
+    call(train.main, *train_args(tiny_model, news, tmp_path / "run", "--max_train_steps", "3"))
+    plan = capsys.readouterr().out
+    rows = updates(tmp_path / "run")
+    found = re.search(r"tokens +([\d,]+) per epoch, of which ([\d,]+) title tokens", plan)
+    assert int(found[1].replace(",", "")) == sum(row["tokens"] for row in rows)
+    assert int(found[2].replace(",", "")) == sum(row["title_tokens"] for row in rows)
+
+
+def test_three_titles_are_shown_beside_the_true_ones(tiny_model, news, tmp_path, capsys):
+    call(train.main, *train_args(tiny_model, news, tmp_path / "run", "--max_train_steps", "1"))
+    output = capsys.readouterr().out
+    true = [row["titles"] for row in french_rows(7, seed=2)]
+    assert re.findall(r"true: +(.*)", output) == true[:6:2]
+    assert re.search(r"eval_loss \d\.\d+, eval_rougeL 0\.\d+", output)
+
+
+def test_tensorboard_gets_the_figures(tiny_model, news, tmp_path):
+    pytest.importorskip("tensorboard")
+    more = ("--report_to", "tensorboard", "--max_train_steps", "1")
+    call(train.main, *train_args(tiny_model, news, tmp_path / "run", *more))
+    assert list((tmp_path / "run/trackers").rglob("events.out.tfevents.*"))
+
+
+def test_without_validation_the_last_state_is_kept(tiny_model, news, tmp_path):
+    run_dir = tmp_path / "run"
+    args = train_args(tiny_model, news, run_dir)
+    del args[args.index("--validation_file") : args.index("--validation_file") + 2]
+    call(train.main, *args)
+    assert json.loads((run_dir / "run_config.json").read_text())["adapter_step"] == 6
+    assert not [row for row in metrics(run_dir) if "eval_loss" in row]
+
+
+def test_through_accelerate_launch(run_script, tiny_model, news, tmp_path):
+    result = run_script(
+        "train.py", *train_args(tiny_model, news, tmp_path / "run"), launch=True, cwd=tmp_path
+    )
+    assert "done:" in result.stdout
+    assert (tmp_path / "run/adapter_model.safetensors").is_file()
+    # No warning of our own making, above all no deprecated call.
+    assert "FutureWarning" not in result.stderr
+
+
+# ---------------------------------------------------------------------- complaints
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--train_file", "none.csv"], "error: none.csv: there is no such file; check the path"),
+        (
+            ["--text_column", "article"],
+            "error: {news}/train.csv:2: no column 'article' among 'ID', 'text', 'titles'; "
+            "rename it in the file or name it on the command line",
+        ),
+        (
+            ["--prompt_file", "{tmp}/prompt.txt"],
+            "error: {tmp}/prompt.txt: {{article}} stands there 0 times; write it once, where the "
+            "article goes",
+        ),
+        (
+            ["--output_dir", "{tmp}"],
+            "error: {tmp}: the folder is not empty (it holds empty_title.csv); remove it or give "
+            "another --output_dir",
+        ),
+        (
+            ["--train_file", "{tmp}/empty_title.csv"],
+            "error: {tmp}/empty_title.csv:4: the column 'titles' is empty; fill it in or remove "
+            "the row",
+        ),
+        (
+            ["--model_name_or_path", "./nowhere"],
+            "error: ./nowhere: there is no such model folder; check the path",
+        ),
+        (["--lora_r", "0"], "train.py: error: --lora_r 0: give a number above 0"),
+        (["--lora_dropout", "1"], "train.py: error: --lora_dropout 1.0: give a number from 0 to below 1"),
+        (["--report_to", "wandb"], "error: --report_to wandb: it is not installed; run: pip install wandb"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    run_script, tiny_model, news, tmp_path, change, message
+):
+    rows = french_rows(5)
+    rows[2]["titles"] = "  "
+    write_csv(tmp_path / "empty_title.csv", rows)
+    (tmp_path / "prompt.txt").write_text("Titre :")
+    places = {"tmp": tmp_path, "news": news}
+    args = train_args(tiny_model, news, tmp_path / "run", *(c.format(**places) for c in change))
+    result = run_script("train.py", *args, code=2, cwd=tmp_path)
+    assert result.stderr == message.format(**places) + "\n"
+    assert result.stdout == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_complaints_and_help_do_not_wait_for_torch(run_script, tiny_model, news, tmp_path):
+    """Without torch to import at all, both still come: that is how fast they are."""
+    broken = tmp_path / "site/torch"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise SystemExit('torch was imported')")
+    path = {"PYTHONPATH": str(broken.parent)}
+    assert "--max_grad_norm" in run_script("train.py", "--help", **path).stdout
+    args = train_args(tiny_model, news, tmp_path / "run", "--train_file", "none.csv")
+    assert "no such file" in run_script("train.py", *args, code=2, **path).stderr
+
+
+def test_defaults_are_the_reports():
+    args = train.parse_args(
+        ["--model_name_or_path", "m", "--train_file", "t", "--output_dir", "o"]
+    )
+    assert (args.num_train_epochs, args.per_device_train_batch_size) == (2, 4)
+    assert (args.gradient_accumulation_steps, args.learning_rate) == (2, 2e-4)
+    assert (args.warmup_ratio, args.max_grad_norm, args.mixed_precision) == (0.03, 0.3, "bf16")
+    assert (args.lora_r, args.lora_alpha, args.lora_dropout) == (64, 16, 0.1)
+    assert args.target_modules == ["all-linear"]
+    assert Path(args.prompt_file).is_file()
