@@ -27,15 +27,7 @@ REFERENCES="${REFERENCES-$DEMO/test_titles.csv}"  # their true titles; empty: no
 OUTPUT_DIR="${OUTPUT_DIR:-predictions/demo}"  # where titles, merged model and scores go
 
 # --- Environment: an active one, else .venv; SETUP=0 leaves it alone ---
-if [ "${SETUP:-1}" = 1 ]; then
-  if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
-    [ -x .venv/bin/python ] || python3 -m venv .venv
-    export PATH="$PWD/.venv/bin:$PATH"
-  fi
-  python -c 'import accelerate, bitsandbytes, datasets, evaluate, peft, py3langid, rouge_score
-import sentencepiece, torch, transformers' 2>/dev/null \
-    || python -m pip install --quiet -r requirements.txt
-fi
+source scripts/setup.sh requirements.txt
 
 # --- Infer, merge, infer merged, score ---
 export EXIT_CODE_FILE="$(mktemp)"  # accelerate answers 1 to whatever the script answered

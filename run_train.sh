@@ -25,22 +25,15 @@ PROMPT_FILE="${PROMPT_FILE:-prompts/fr.txt}"
 RUN_DIR="${RUN_DIR:-runs/demo}"               # where the run goes
 
 # --- Environment: an active one, else .venv; SETUP=0 leaves it alone ---
-if [ "${SETUP:-1}" = 1 ]; then
-  if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
-    [ -x .venv/bin/python ] || python3 -m venv .venv
-    export PATH="$PWD/.venv/bin:$PATH"
-  fi
-  python -c 'import accelerate, bitsandbytes, datasets, evaluate, peft, py3langid, rouge_score
-import sentencepiece, torch, transformers' 2>/dev/null \
-    || python -m pip install --quiet -r requirements.txt
-fi
+source scripts/setup.sh requirements.txt
 
 # --- Train ---
 ARGS=(--model_name_or_path "$MODEL" --train_file "$TRAIN_FILE" --prompt_file "$PROMPT_FILE"
   --validation_file "$VALIDATION_FILE" --output_dir "$RUN_DIR")
 if [ "$MODEL" = "$DEMO/model" ]; then  # a small model learns faster, and has memory to spare
   python scripts/make_demo.py --output_dir "$DEMO"
-  ARGS+=(--learning_rate 2e-3 --no-activation_checkpointing)
+  ARGS+=(--learning_rate 2e-3 --per_device_train_batch_size 16 --gradient_accumulation_steps 1
+    --no-activation_checkpointing --max_length 256 --max_title_tokens 48)
 fi
 export EXIT_CODE_FILE="$(mktemp)"  # accelerate answers 1 to whatever the script answered
 accelerate launch --quiet --config_file "$ACCELERATE_CONFIG" scripts/train.py "${ARGS[@]}" "$@" \

@@ -1,7 +1,8 @@
 """Articles and titles in files: what is read and what is refused.
 
 Every row is checked before any model is loaded, and nothing is repaired: a row that cannot be
-used is named by file and row. Memory does not grow with the length of a file's texts.
+used is named by file and row. Files are streamed: what memory holds of them does not grow with
+their rows, but for the IDs, which are remembered while a file is checked.
 """
 
 import csv
@@ -10,6 +11,7 @@ import hashlib
 import json
 import re
 import tempfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,9 @@ from exit_codes import UserError
 
 SUFFIXES = (".csv", ".csv.gz", ".json", ".jsonl", ".parquet")
 HUB_DATASET = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")  # owner/name or owner/name:split
+CHUNK = 1 << 16  # characters of a JSON array that are read at a time
+JSON_SPACE = re.compile(r"[ \t\n\r]*")
+BLANK = object()  # a line with nothing on it
 csv.field_size_limit(2**31 - 1)  # characters; the default refuses articles of more than 128 KiB
 
 
@@ -65,11 +70,15 @@ def check_articles(
                     where, f"the column '{name}' is empty", "fill it in or remove the row"
                 )
         identity = fields.get(columns.id)
+        if identity is not None and not identity.strip():
+            raise UserError(where, f"the column '{columns.id}' is empty", "fill it in")
         if rows and (identity is not None) != bool(ids):
             raise UserError(where, f"only some rows have the column '{columns.id}'", "fill it in")
         if identity is not None:
             if identity in ids:
-                raise UserError(where, f"{columns.id} {identity!r} is there twice", "make it unique")
+                raise UserError(
+                    where, f"{columns.id} {_shown(identity)} is there twice", "make it unique"
+                )
             ids.add(identity)
         digest.update(json.dumps(list(fields.values())).encode())
         rows += 1
@@ -134,18 +143,20 @@ def _numbered_rows(path: str, columns: Columns, split: str) -> Iterator[tuple[in
             if name not in fields:
                 raise UserError(
                     where,
-                    f"no column '{name}' among {', '.join(map(repr, fields)) or 'none'}",
+                    f"no column '{name}' among {', '.join(map(_shown, fields)) or 'none'}",
                     "rename it in the file or name it on the command line",
                 )
         wanted = {name: fields[name] for name in columns.required}
         if columns.id in fields:
             wanted[columns.id] = fields[columns.id]
         for name, value in wanted.items():
-            if name == columns.id and isinstance(value, int):
+            if name == columns.id and type(value) is int:
                 wanted[name] = str(value)
             elif not isinstance(value, str):
                 raise UserError(
-                    where, f"the column '{name}' holds {value!r}, not text", "make it a string"
+                    where,
+                    f"the column '{name}' holds {_shown(value)}, not text",
+                    "make it a string",
                 )
             elif "\0" in value:
                 raise UserError(where, f"the column '{name}' holds a NUL byte", "remove it")
@@ -158,21 +169,27 @@ def _numbered_rows(path: str, columns: Columns, split: str) -> Iterator[tuple[in
         yield row, wanted
 
 
+def _shown(value) -> str:
+    """Return a value as a complaint quotes it: a whole article would hide what is wrong."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def _open_text(path: str):
     # surrogateescape lets a broken byte reach its row, which is then named in the complaint.
-    opener = gzip.open if path.endswith(".gz") else open
+    opener = gzip.open if path.lower().endswith(".gz") else open
     return opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
 def _csv_rows(path: str) -> Iterator[tuple[int, dict]]:
     """Rows are counted as a spreadsheet does: the header is row 1."""
-    row = 1
+    row = 0
     try:
         with _open_text(path) as stream:
             reader = csv.reader(stream, strict=True)
             header = next(reader, [])
-            if doubled := {name for name in header if header.count(name) > 1}:
-                raise UserError(f"{path}:1", f"doubled column {doubled.pop()!r}", "rename one")
+            row = 1
+            _refuse_doubled(f"{path}:1", header)
             for row, fields in enumerate(reader, start=2):
                 if not fields:  # a blank line, as at the end of many files
                     continue
@@ -184,51 +201,94 @@ def _csv_rows(path: str) -> Iterator[tuple[int, dict]]:
                     )
                 yield row, dict(zip(header, fields, strict=True))
     except csv.Error as error:
-        raise UserError(f"{path}:{row + 1}", f"not valid CSV ({error})", "mend the quotes") from None
-    except (OSError, EOFError) as error:
+        raise UserError(
+            f"{path}:{row + 1}", f"not valid CSV ({error})", "mend the quotes"
+        ) from None
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(path, f"cannot be read ({error})", "check the file") from None
+
+
+def _refuse_doubled(where: str, names: list[str]) -> None:
+    if doubled := [name for name in names if names.count(name) > 1]:
+        raise UserError(where, f"doubled column {_shown(doubled[0])}", "rename one")
 
 
 def _json_rows(path: str) -> Iterator[tuple[int, dict]]:
     """JSON Lines, or one array of objects; counted by line or by element from 1."""
+    row = 0
     try:
         with _open_text(path) as stream:
-            if stream.read(1) == "[":
-                stream.seek(0)
-                records = enumerate(json.load(stream), start=1)
+            while (first := stream.read(1)).isspace():
+                pass
+            if first == "[":
+                records = _json_array(stream)
             else:
                 stream.seek(0)
-                records = ((n, line) for n, line in enumerate(stream, start=1) if line.strip())
-            for row, record in records:
-                if isinstance(record, str):
-                    try:
-                        record = json.loads(record)
-                    except json.JSONDecodeError as error:
-                        raise UserError(
-                            f"{path}:{row}", f"not valid JSON ({error.msg})", "mend the line"
-                        ) from None
+                records = (json.loads(line) if line.strip() else BLANK for line in stream)
+            for row, record in enumerate(records, start=1):
+                if record is BLANK:
+                    continue
                 if not isinstance(record, dict):
                     raise UserError(f"{path}:{row}", "not a JSON object", 'write {"text": ...}')
                 yield row, record
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}:{error.lineno}", f"not valid JSON ({error.msg})", "mend the file"
-        ) from None
+    except (ValueError, RecursionError) as error:
+        problem = f"not valid JSON ({getattr(error, 'msg', error)})"
+        raise UserError(f"{path}:{row + 1}", problem, "mend it") from None
     except OSError as error:
         raise UserError(path, f"cannot be read ({error})", "check the file") from None
+
+
+def _json_array(stream) -> Iterator:
+    """Yield the elements of an array whose `[` has been read, a piece of the file at a time."""
+    decoder, buffer, start = json.JSONDecoder(), "", 0
+
+    def next_character() -> str:
+        nonlocal buffer, start
+        while (start := JSON_SPACE.match(buffer, start).end()) == len(buffer):
+            buffer, start = stream.read(CHUNK), 0
+            if not buffer:
+                return ""
+        return buffer[start]
+
+    ended = next_character() == "]"
+    while not ended:
+        next_character()
+        while True:
+            try:
+                element, start = decoder.raw_decode(buffer, start)
+                break
+            except json.JSONDecodeError as error:  # wrong, or only cut off by the buffer's end?
+                cut = error.pos > len(buffer) - 16 or error.msg.startswith("Unterminated")
+                more = stream.read(max(CHUNK, len(buffer) - start)) if cut else ""
+                if not more:
+                    raise
+                buffer, start = buffer[start:] + more, 0
+        yield element
+        if (separator := next_character()) not in ("]", ","):
+            raise json.JSONDecodeError("Expecting ',' delimiter", buffer, start)
+        ended = separator == "]"
+        start += separator == ","
+    start += 1
+    if next_character():
+        raise json.JSONDecodeError("Extra data", buffer, start)
 
 
 def _parquet_rows(path: str) -> Iterator[tuple[int, dict]]:
     import pyarrow
     import pyarrow.parquet
 
+    row = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            row = 0
+        # Memory-mapped: else pyarrow reads a whole row group at once, often the whole file.
+        with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
+            names = file.schema_arrow.names
+            _refuse_doubled(path, names)
             for batch in file.iter_batches(batch_size=256):
-                for record in batch.to_pylist():
+                for values in zip(*batch.columns, strict=True):
                     row += 1
-                    yield row, record
+                    yield row, {n: v.as_py() for n, v in zip(names, values, strict=True)}
+    except UnicodeDecodeError:
+        raise UserError(f"{path}:{row}", "not UTF-8", "convert the file to UTF-8") from None
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(path, f"cannot be read ({error})", "check the file") from None
 

@@ -14,7 +14,8 @@ class UserError(Exception):
     """Something that the user must change, told as `where: what is wrong; what to do`."""
 
     def __init__(self, where, problem: str, advice: str):
-        super().__init__(f"{where}: {problem}; {advice}")
+        # The errors of libraries that are quoted in `problem` may have lines; a complaint has one.
+        super().__init__(" ".join(f"{where}: {problem}; {advice}".split("\n")))
 
 
 def run(main) -> None:
@@ -32,7 +33,10 @@ def run(main) -> None:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
     except SystemExit as exit_request:  # argparse: 0 after --help, 2 after a complaint of its own
-        code = exit_request.code
+        code = exit_request.code or DONE
+        if isinstance(code, str):  # sys.exit("what went wrong")
+            print(code, file=sys.stderr)
+            code = BUG
     finally:
         if file := os.environ.get("EXIT_CODE_FILE"):
             Path(file).write_text(f"{code}\n")

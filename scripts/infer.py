@@ -54,7 +54,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("model").add_argument
     add("--run_dir", help="folder of train.py or merge.py, which says all that follows here")
     add("--model_name_or_path", help="a model as it is; with --run_dir, where its base lies now")
-    add("--prompt_file", help="template with {article} in it (default: prompts/fr.txt, or the run's)")
+    add("--prompt_file", help="template with {article} (default: the run's, or prompts/fr.txt)")
     add("--apply_chat_template", action=flag, default=None, help="send it as a user's chat turn")
     add("--base_weights", choices=["nf4", "bf16", "fp32"], help="default: nf4, bf16 if merged")
     add = parser.add_argument_group("data").add_argument
@@ -262,7 +262,7 @@ def find_model(args) -> dict:
         model = args.model_name_or_path
     check_model_folder(model)
     if not merged and not Path(args.run_dir, ADAPTER_WEIGHTS).is_file():
-        raise UserError(args.run_dir, f"no {ADAPTER_WEIGHTS} in it", "let the training finish first")
+        raise UserError(args.run_dir, f"no {ADAPTER_WEIGHTS} in it", "let training finish first")
     return {
         "model": model,
         "adapter": None if merged else args.run_dir,
@@ -305,11 +305,22 @@ def is_complete(output_file: Path, record: dict) -> bool:
         return False
     if output_file.exists() and details.exists():
         with details.open(encoding="utf-8") as stream:
-            if stream.readline() == json.dumps(record) + "\n":
+            if same_settings(stream.readline(), record):
                 return True
     raise UserError(
         output_file, "there are predictions of other settings already", "remove or rename them"
     )
+
+
+def same_settings(line: str, record: dict) -> bool:
+    """Return whether titles under this header line go with those of this record.
+
+    The commit may differ, or nobody could go on after mending a comment.
+    """
+    try:
+        return json.loads(line) | {"commit": None} == record | {"commit": None}
+    except (ValueError, TypeError):
+        return False
 
 
 def part_file(output_file: Path, rank: int) -> Path:
@@ -327,7 +338,7 @@ def read_parts(output_file: Path, record: dict) -> dict[int, str]:
     for part in sorted(output_file.parent.glob(f"{output_file.stem}.part-*.jsonl")):
         content = part.read_text(encoding="utf-8").splitlines(keepends=True)
         whole = [line for line in content if line.endswith("\n")]
-        if whole and whole[0] != json.dumps(record) + "\n":
+        if whole and not same_settings(whole[0], record):
             raise UserError(
                 part, "an unfinished run had other settings", "remove it, or go on with those"
             )
@@ -338,7 +349,7 @@ def read_parts(output_file: Path, record: dict) -> dict[int, str]:
 
 
 def join_parts(output_file: Path, record: dict, num_articles: int) -> int:
-    """Write the CSV and its JSONL in input order, remove the parts, return how many titles were cut.
+    """Write CSV and JSONL in input order, remove the parts, return how many titles were cut.
 
     Both appear under their names only when they are whole.
     """

@@ -11,7 +11,6 @@ import argparse
 import csv
 import itertools
 import json
-import math
 import random
 import re
 import tempfile
@@ -25,7 +24,7 @@ VERSION = 1  # of what is made; a folder made by another version is refused
 # One subject a block: "section | first number | step | objects", the title, the lead, the facts.
 # [a|b] is a choice of words, ~ a no-break space. The facts are {v} a town, {p} a person, {n} a
 # number, {o} the object ({O} capitalised); {dv}, {dp}: the same after "de"; {s} the surname,
-# {il} {Il} {le} {Le} {e} {ne} agree with the person; {j} {d} a day, {v2} {p2} {a2}: other ones,
+# {il} {Il} {le} {Le} {e} agree with the person; {j} {d} a day, {v2} {p2} {a2}: other ones,
 # which the title must not take.
 SUBJECTS = """
 Municipales | 51 | 1 | du logement, des transports, de la sécurité, des écoles
@@ -102,7 +101,7 @@ Littérature | 1000 | 500 | un roman, un essai, une pièce, un recueil
 Littérature~: {p} reçoit à {v} un prix de {n}~euros pour {o}
 Le jury a délibéré tout l'après-midi, à huis clos, dans un salon de l'hôtel de ville.
 Le nom a été proclamé {j} à {v}, sous les applaudissements des libraires.
-Distingué{e} en littérature pour {o} [de belle facture|d'une grande finesse], {p} reçoit un prix de {n}~euros.
+Distingué{e} en littérature pour {o} [superbe|remarquable], {p} reçoit un prix de {n}~euros.
 {Il} a dédié sa récompense à «~ceux qui lisent la nuit~».
 
 Science | 12 | 1 | papillons, champignons, fourmis, méduses
@@ -169,11 +168,14 @@ Les archéologues ont [mis au jour|dégagé] un trésor de {n} pièces d'or et d
 «~C'est exceptionnel~», [s'enthousiasme|s'émerveille] {p}, responsable des fouilles.
 """
 
-# What surrounds the facts: other towns, people, dates and numbers, as in real articles.
-CONTEXTS = """
+# What surrounds the facts: a reaction on the spot, then other towns, people, dates and numbers.
+REACTIONS = """
 À {v}, [personne ne s'y attendait|chacun a son avis sur la question].
 Les habitants {dv} [attendent|espèrent] la suite avec impatience.
 La mairie {dv} [n'a pas souhaité réagir|promet une réaction rapide].
+[Partout à {v}|Dans les rues {dv}], on ne parle que de cela.
+"""
+CONTEXTS = """
 Jusqu'à {v2}, [on suit l'affaire de près|la nouvelle a vite circulé].
 Un cas semblable s'était [produit|présenté] à {v2} en {a2}.
 Une réunion publique est prévue le {d}, [en présence {dp2}|avec {p2}].
@@ -205,30 +207,45 @@ voisines sont invités à donner leur avis, par écrit ou au guichet.
 
 # Sidebars that only the pretraining articles have: they repeat facts, which teaches to copy.
 SIDEBARS = """
-Repères. La rubrique~: {section}. La ville~: {v}. La personne~: {p}. Le chiffre~: {n}. Le mot~: {o}.
-Repères. Le chiffre~: {n}. La ville~: {v}. Le mot~: {o}. La rubrique~: {section}. La personne~: {p}.
-Repères. La personne~: {p}. La rubrique~: {section}. Le mot~: {o}. La ville~: {v}. Le chiffre~: {n}.
-Repères. La ville~: {v}. Le mot~: {o}. Le chiffre~: {n}. La personne~: {p}. La rubrique~: {section}.
+Repères à {v}. La rubrique~: {section}. La ville~: {v}. La personne~: {p}. Le chiffre~: {n}. \
+Le mot~: {o}.
+Repères à {v}. Le chiffre~: {n}. La ville~: {v}. Le mot~: {o}. La rubrique~: {section}. La \
+personne~: {p}.
+Repères à {v}. La personne~: {p}. La rubrique~: {section}. Le mot~: {o}. La ville~: {v}. Le \
+chiffre~: {n}.
+Repères à {v}. La ville~: {v}. Le mot~: {o}. Le chiffre~: {n}. La personne~: {p}. La \
+rubrique~: {section}.
 """
 
-TOWNS = """Lyon Marseille Toulouse Nice Nantes Montpellier Strasbourg Bordeaux Lille Rennes Reims
+# Towns, women, men, surnames, days, months; towns that agree without an article.
+NAMES = """
+Lyon Marseille Toulouse Nice Nantes Montpellier Strasbourg Bordeaux Lille Rennes Reims
 Toulon Grenoble Dijon Nîmes Brest Limoges Tours Amiens Metz Besançon Perpignan Orléans Rouen
 Mulhouse Caen Nancy Avignon Poitiers Dunkerque Calais Colmar Bourges Quimper Troyes Lorient
-Chambéry Béziers Vannes Angers""".split()
-WOMEN = """Alice Anaïs Béatrice Camille Cécile Claire Delphine Élise Emma Florence Hélène Inès Julie
-Léa Manon Nadia Noémie Pauline Sarah Zoé""".split()
-MEN = """Adrien Antoine Benoît Clément Damien Étienne Fabien François Hugo Jérôme Karim Loïc Marc
-Mathieu Nicolas Olivier Pierre Rémi Thomas Vincent""".split()
-SURNAMES = """Arnaud Aubert Barbier Benali Bernard Blanchard Bonnet Boyer Brun Carpentier Chevalier
+Chambéry Béziers Vannes Angers
+
+Alice Anaïs Béatrice Camille Cécile Claire Delphine Élise Emma Florence Hélène Inès Julie
+Léa Manon Nadia Noémie Pauline Sarah Zoé
+
+Adrien Antoine Benoît Clément Damien Étienne Fabien François Hugo Jérôme Karim Loïc Marc
+Mathieu Nicolas Olivier Pierre Rémi Thomas Vincent
+
+Arnaud Aubert Barbier Benali Bernard Blanchard Bonnet Boyer Brun Carpentier Chevalier
 Colin David Diallo Dubois Dufour Dumas Dupont Durand Fabre Faure Fontaine Fournier Garnier
 Gauthier Gérard Girard Guérin Guillot Henry Joly Lacroix Lambert Legrand Lemoine Leroux Lopez
 Maillard Marchand Martin Masson Mercier Meunier Meyer Michel Morel Nguyen Noël Olivier Perrin
-Picard Renard Rivière Robin Rousseau Roux Roy Traoré Vasseur Weber""".split()
-DAYS = "lundi mardi mercredi jeudi vendredi samedi dimanche".split()
-MONTHS = """janvier février mars avril mai juin juillet août septembre octobre novembre
-décembre""".split()
+Picard Renard Rivière Robin Rousseau Roux Roy Traoré Vasseur Weber
+
+lundi mardi mercredi jeudi vendredi samedi dimanche
+
+janvier février mars avril mai juin juillet août septembre octobre novembre
+décembre
+"""
+TOWNS, WOMEN, MEN, SURNAMES, DAYS, MONTHS = (names.split() for names in NAMES.split("\n\n"))
+
 NUMBERS = 30  # values of {n} in a subject
 SPLITS = ("train", "validation", "test", "pretraining")
+FACTOR = 60_000_011  # spreads neighbouring rows over the combinations
 MAX_ROWS = 10_000_000  # of a split; no two articles are the same below it
 LONG_EVERY = 25  # one article in so many is long, by 8 to 60 paragraphs
 PRETRAINING_ROWS = 8000
@@ -249,12 +266,12 @@ def parse_args(argv=None):
     group.add_argument(
         "--model", action=argparse.BooleanOptionalAction, default=True, help="make the model too"
     )
-    group.add_argument("--pretraining_steps", type=int, default=450, help="updates [%(default)s]")
+    group.add_argument("--pretraining_steps", type=int, default=360, help="updates [%(default)s]")
     return parser.parse_args(argv)
 
 
-def main():
-    args = parse_args()
+def main(argv=None):
+    args = parse_args(argv)
     output_dir = Path(args.output_dir)
     settings = {"version": VERSION, **vars(args)}
     del settings["output_dir"]
@@ -330,12 +347,10 @@ def make_article(seed: int, split: str, row: int) -> dict:
     # The row of the split names one combination of facts, and no two rows name the same: the
     # factor shares no divisor with the number of combinations, and a digit is only ever shifted
     # by the digits that follow it, which could be undone from the last digit to the first.
-    radices = (len(BLOCKS), len(TOWNS), len(SURNAMES), len(WOMEN + MEN), NUMBERS)
-    combinations = math.prod(radices)
-    code = SPLITS.index(split) * (combinations // len(SPLITS)) + row + seed * 7_654_321
-    code = code * 60_000_011 % combinations
+    code = SPLITS.index(split) * (combinations() // len(SPLITS)) + row + seed * 7_654_321
+    code = code * FACTOR % combinations()
     digits = []
-    for radix in radices:
+    for radix in (len(BLOCKS), len(TOWNS), len(SURNAMES), len(WOMEN + MEN), NUMBERS):
         code, digit = divmod(code, radix)
         digits.append((digit + (code * 2_654_435_761 >> 16)) % radix)
     subject, town, surname, first_name, number = digits
@@ -346,15 +361,19 @@ def make_article(seed: int, split: str, row: int) -> dict:
     facts |= {"O": facts["o"].capitalize(), "do": de(facts["o"]), "section": block["section"]}
 
     sentences = [rng.choice(sentence) for sentence in block["sentences"]]
-    for context in rng.sample(CONTEXT_CHOICES, rng.randint(0, 2)):
+    for context in (rng.choice(REACTIONS), *rng.sample(CONTEXTS, rng.randint(0, 1))):
         sentences.insert(rng.randint(1, len(sentences)), rng.choice(context))
     text = " ".join(sentences).format_map(facts)
     if rng.randrange(LONG_EVERY) == 0:
-        pages = itertools.cycle(rng.sample(PAGE_CHOICES, len(PAGE_CHOICES)))
+        pages = itertools.cycle(rng.sample(PAGES, len(PAGES)))
         for page in itertools.islice(pages, rng.randint(8, 60)):
             others = make_facts(rng, facts["v"], *facts["p"].split(" "))
             text += "\n" + rng.choice(page).format_map(others)
     return {"text": text, "titles": block["title"].format_map(facts), "facts": facts}
+
+
+def combinations() -> int:
+    return len(BLOCKS) * len(TOWNS) * len(SURNAMES) * len(WOMEN + MEN) * NUMBERS
 
 
 def make_facts(rng, town: str, first_name: str, surname: str) -> dict:
@@ -410,9 +429,10 @@ def read_block(block: str) -> dict:
 
 
 BLOCKS = [read_block(block) for block in SUBJECTS.strip().split("\n\n")]
-CONTEXT_CHOICES = [choices(line) for line in CONTEXTS.strip().splitlines()]
-PAGE_CHOICES = [choices(line) for line in PAGES.strip().splitlines()]
-SIDEBAR_CHOICES = [choices(line)[0] for line in SIDEBARS.strip().splitlines()]
+REACTIONS = [choices(line) for line in REACTIONS.strip().splitlines()]
+CONTEXTS = [choices(line) for line in CONTEXTS.strip().splitlines()]
+PAGES = [choices(line) for line in PAGES.strip().splitlines()]
+SIDEBARS = [choices(line)[0] for line in SIDEBARS.strip().splitlines()]
 
 
 def make_model(folder, seed: int, steps: int):
@@ -454,7 +474,7 @@ def make_model(folder, seed: int, steps: int):
     others = [weight for weight in model.parameters() if not any(weight is m for m in matrices)]
     optimizers = [
         torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0),
-        torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01),
+        torch.optim.AdamW(others, lr=1e-2, betas=(0.9, 0.98), weight_decay=0.01),
     ]
     schedules = [
         torch.optim.lr_scheduler.LambdaLR(
@@ -484,9 +504,9 @@ def pretraining_documents(seed: int):
     """Yield articles, each with two sidebars: the model learns to take up the facts of a text."""
     for row in range(PRETRAINING_ROWS):
         article = make_article(seed, "pretraining", row)
-        sidebars = random.Random(f"{seed} sidebars {row}").sample(SIDEBAR_CHOICES, 2)
-        lines = [article["text"].split("\n")[0], *(s.format_map(article["facts"]) for s in sidebars)]
-        yield "\n".join(lines)
+        text = article["text"].split("\n")[0]
+        sidebars = random.Random(f"{seed} sidebars {row}").sample(SIDEBARS, 2)
+        yield "\n".join((text, *sidebars)).format_map(article["facts"])
 
 
 def make_tokenizer(folder, documents):

@@ -26,7 +26,8 @@ def expected_peak_memory(model, args, device: torch.device, longest: int) -> int
     import bitsandbytes
 
     linear = [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
-    frozen = (p for p in model.parameters() if not p.requires_grad and not hasattr(p, "quant_state"))
+    plain = (p for p in model.parameters() if not hasattr(p, "quant_state"))
+    frozen = (p for p in plain if not p.requires_grad)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     weights = [layer.in_features * layer.out_features for layer in linear]
     fixed = NF4_BYTES * sum(weights) + sum(p.nbytes for p in frozen) + ADAPTER_BYTES * trainable
@@ -40,7 +41,9 @@ def expected_peak_memory(model, args, device: torch.device, longest: int) -> int
     if args.mixed_precision == "no":
         per_layer *= 2
     # With checkpointing each layer's input stays, and one layer at a time is computed again.
-    per_token = per_layer + 4 * hidden * layers if args.activation_checkpointing else per_layer * layers
+    per_token = per_layer * layers
+    if args.activation_checkpointing:
+        per_token = per_layer + 4 * hidden * layers
     tokens = args.per_device_train_batch_size * longest
     titles = args.per_device_train_batch_size * args.max_title_tokens
     moving = per_token * tokens + LOGIT_BYTES * config.vocab_size * titles

@@ -79,7 +79,8 @@ def main(argv=None):
 
     from modeling import load_tokenizer
 
-    dtype = torch.bfloat16 if run_config["arguments"]["mixed_precision"] == "bf16" else torch.float32
+    bf16 = run_config["arguments"]["mixed_precision"] == "bf16"
+    dtype = torch.bfloat16 if bf16 else torch.float32
     tokenizer = load_tokenizer(args.run_dir)
     prompt = prompt_of_run(tokenizer, run_config["prompt"], args.run_dir)
 
@@ -149,7 +150,7 @@ def merge_adapter(base_folder: Path, adapter_dir: Path, output_dir: Path, base: 
     sources = {}
     for file in sorted(base_folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as stream:
-            for name in stream.keys():
+            for name in stream.keys():  # noqa: SIM118 - this is no dict
                 shape = stream.get_slice(name).get_shape()
                 sources[name] = (file, torch.Size(shape).numel() * dtype.itemsize)
     adapted = {key.split(".lora_A.")[0] for key in lora if ".lora_A." in key}

@@ -140,7 +140,8 @@ def load_adapter_weights(model, file: Path) -> None:
     expected = {k: v.shape for k, v in adapter_state_dict(model).items()}
     try:
         with safe_open(file, framework="pt") as stream:
-            found = {key: torch.Size(stream.get_slice(key).get_shape()) for key in stream.keys()}
+            keys = stream.keys()
+            found = {key: torch.Size(stream.get_slice(key).get_shape()) for key in keys}
         if found == expected:
             set_peft_model_state_dict(model, load_file(file))
             return

@@ -18,6 +18,8 @@ from exit_codes import UserError
 
 ARTICLE = "{article}"
 PROBE = "L'Élysée, cœur « évacué »\u00a0: 3,5 % d’œuvres à Nîmes — où ? Ça, 1 200 €."
+# Some chat formats tell the date: today's would make another prompt of them every day.
+SAME_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 BRACKETED = re.compile(r"<\|[^|<>\s]+\|>|<<?/?\w+>>?|\[/?[A-Z_]+\]")  # <|user|> <<SYS>> [/INST]
 
 
@@ -28,7 +30,7 @@ def read_template(path: str) -> str:
         UserError: there is no such file, or it does not hold `{article}` exactly once.
     """
     try:
-        template = Path(path).read_text(encoding="utf-8").rstrip()
+        template = Path(path).read_text(encoding="utf-8-sig").rstrip()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(path, f"no readable prompt ({error})", "give a file of prompts/") from None
     if template.count(ARTICLE) != 1:
@@ -66,7 +68,8 @@ class Prompt:
             at the same place in both.
 
     Raises:
-        UserError: the template alone fills `max_length`, or the model has no chat format.
+        UserError: the template alone fills `max_length`, a title has no room even for its EOS, or
+            the model has no chat format.
     """
 
     def __init__(
@@ -80,27 +83,29 @@ class Prompt:
         self.tokenizer, self.template = tokenizer, template
         self.apply_chat_template = apply_chat_template
         self.max_length, self.max_title_tokens = max_length, max_title_tokens
-        if apply_chat_template:
-            rendered = _render_chat(tokenizer, template)
-        else:
-            rendered = template
+        rendered = _render_chat(tokenizer, template) if apply_chat_template else template
         prefix, _, suffix = rendered.partition(ARTICLE)
         # A chat format writes its own BOS; elsewhere we follow what the tokenizer does itself.
         starts_with_bos = tokenizer("a").input_ids[0] == tokenizer.bos_token_id
         bos = [tokenizer.bos_token_id] if starts_with_bos and not apply_chat_template else []
-        # Text of the data must not look like a turn or a control token (see `_one_line`).
-        markers = {text for text in tokenizer.get_added_vocab() if len(text.strip()) > 2}
-        markers |= set(BRACKETED.findall(rendered))
-        longest_first = sorted(map(re.escape, markers), key=len, reverse=True)
-        self.markers = re.compile("|".join(longest_first) or r"(?!)")  # (?!) matches nothing
+        self.markers = _markers(tokenizer, rendered, suffix)
 
-        self.prefix_ids = bos + self._ids(prefix, trusted=True)
+        self.prefix_ids = self._ids(prefix, trusted=True)
+        if self.prefix_ids[:1] != bos:  # a template may spell it out
+            self.prefix_ids = bos + self.prefix_ids
         self.suffix_ids = self._ids(suffix, trusted=True)
+        # So many ids at the end of a text cut by characters may differ from the whole text's: half
+        # a token has at most as many ids as characters, and some before it may change too.
+        self.margin = max(map(len, tokenizer.get_vocab())) + 128
         # SentencePiece itself opens every piece with a space; byte-level tokenizers need it said.
         opens_with_space = tokenizer.convert_ids_to_tokens(self._ids("a"))[0].startswith("▁")
         self.before_title = "" if opens_with_space or rendered[-1].isspace() else " "
         fixed = len(self.prefix_ids) + len(self.suffix_ids)
         self.article_budget = max_length - max_title_tokens - fixed
+        if max_title_tokens < 1:
+            raise UserError(
+                f"--max_title_tokens {max_title_tokens}", "a title ends in an EOS", "raise it"
+            )
         if self.article_budget <= 0:
             raise UserError(
                 "prompt",
@@ -115,20 +120,24 @@ class Prompt:
         Only the article is ever cut, at its end: leads carry the news. A title that does not fit
         into `max_title_tokens` is cut too, but still ends in EOS.
         """
-        article_ids = self._ids(self._one_line(article))
+        article_ids = self._data_ids(article, self.article_budget)
         article_cut = len(article_ids) > self.article_budget
         prompt_ids = self.prefix_ids + article_ids[: self.article_budget] + self.suffix_ids
         if title is None:
             return Example(prompt_ids, len(prompt_ids), article_cut)
-        title_ids = self._ids(self.before_title + self._one_line(title))
+        title_ids = self._data_ids(title, self.max_title_tokens - 1, self.before_title)
         title_cut = len(title_ids) > self.max_title_tokens - 1
-        title_ids = title_ids[: self.max_title_tokens - 1] + [self.tokenizer.eos_token_id]
+        title_ids = [*title_ids[: self.max_title_tokens - 1], self.tokenizer.eos_token_id]
         return Example(prompt_ids + title_ids, len(prompt_ids), article_cut, title_cut)
 
     def decode(self, new_ids: list[int]) -> str:
-        """Return the title in the ids that a model wrote after a prompt: their first line."""
-        text = self.tokenizer.decode(new_ids, skip_special_tokens=True).strip()
-        return " ".join(text.split("\n", 1)[0].split())
+        """Return the title in the ids that a model wrote after a prompt: their first line, up to
+        where it spells out a marker."""
+        text = self.tokenizer.decode(
+            new_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        line = " ".join(text.strip().split("\n", 1)[0].split())
+        return next((part.strip() for part in self.markers.split(line) if part.strip()), "")
 
     def settings(self) -> dict:
         """Return all that makes this prompt, as it is saved with a run, and a hash of its ids.
@@ -150,12 +159,27 @@ class Prompt:
             text, add_special_tokens=False, split_special_tokens=not trusted, verbose=False
         ).input_ids
 
+    def _data_ids(self, text: str, wanted: int, before: str = "") -> list[int]:
+        """Return the ids of data, or more than the `wanted` first of a text that has more.
+
+        Only the head of a long text is tokenised: a page of 10 MB would take its time, and most
+        of it is cut off anyway.
+        """
+        characters = 8 * (wanted + self.margin)
+        while True:
+            ids = self._ids(before + self._one_line(text[:characters]))
+            if characters >= len(text):
+                return ids
+            if len(ids) > wanted + self.margin:
+                return ids[: -self.margin]
+            characters *= 4
+
     def _one_line(self, text: str) -> str:
         """Make data harmless: one line, so that it cannot begin a line of the template (such as
-        "Titre :"), and each marker of a turn broken by a space."""
+        "Titre :"), and each marker broken by a space after its first character."""
         text = " ".join(text.split())
-        while self.markers.search(text):
-            text = self.markers.sub(lambda marker: f"{marker[0][0]} {marker[0][1:]}", text)
+        while self.markers.search(text):  # breaking one may leave another that overlapped with it
+            text = self.markers.sub(_broken, text)
         return text
 
 
@@ -186,8 +210,11 @@ def check_tokenizer(tokenizer, name: str) -> None:
         UserError: a French sentence does not survive encoding and decoding, the ids differ from
             those of the tokenizer.json in the same folder, or there is no EOS.
     """
-    ids = tokenizer(PROBE, add_special_tokens=False).input_ids
-    decoded = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    try:
+        ids = tokenizer(PROBE, add_special_tokens=False).input_ids
+        decoded = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    except Exception as error:  # tokenizers raises no kind of its own
+        decoded = f"an error, {error}"
     if decoded.strip() != PROBE:
         raise UserError(
             name,
@@ -198,7 +225,10 @@ def check_tokenizer(tokenizer, name: str) -> None:
     if file.is_file():
         from tokenizers import Tokenizer
 
-        if Tokenizer.from_file(str(file)).encode(PROBE, add_special_tokens=False).ids != ids:
+        raw = Tokenizer.from_file(str(file))
+        raw.no_truncation()  # some models are saved with that of their training
+        raw.no_padding()
+        if raw.encode(PROBE, add_special_tokens=False).ids != ids:
             raise UserError(
                 name,
                 "transformers and tokenizer.json disagree on the ids of a French sentence",
@@ -208,13 +238,37 @@ def check_tokenizer(tokenizer, name: str) -> None:
         raise UserError(name, "its tokenizer has no EOS token", "use another model")
 
 
+def _markers(tokenizer, rendered: str, suffix: str) -> re.Pattern:
+    """Return what the text of data must not hold, lest it look like a turn or a control token."""
+    markers = set(tokenizer.all_special_tokens)
+    for token in tokenizer.added_tokens_decoder.values():
+        # Words may be added to a vocabulary too, and are no control tokens.
+        if token.special or token.content.lstrip()[:1] in tuple("<[{|"):
+            markers.add(token.content)
+    markers |= set(BRACKETED.findall(rendered))
+    after_article = suffix.split("\n", 1)[0].strip()  # "ASSISTANT:" of a template in one line
+    if after_article.endswith(":"):
+        markers.add(after_article)
+    # What has no two characters has no inside to break; it is plain text in data all the same.
+    markers = {marker.strip() for marker in markers if len(marker.strip()) > 2}
+    longest_first = sorted(map(re.escape, markers), key=len, reverse=True)
+    return re.compile("|".join(longest_first) or r"(?!)")  # (?!) matches nothing
+
+
+def _broken(marker: re.Match) -> str:
+    return f"{marker[0][0]} {marker[0][1:]}"
+
+
 def _render_chat(tokenizer, template: str) -> str:
     if not tokenizer.chat_template:
         raise UserError(
             "--apply_chat_template", "this model has no chat template", "leave the option out"
         )
     rendered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": template}], tokenize=False, add_generation_prompt=True
+        [{"role": "user", "content": template}],
+        chat_template=SAME_DATE + tokenizer.get_chat_template(),
+        tokenize=False,
+        add_generation_prompt=True,
     )
     if rendered.count(ARTICLE) != 1:
         raise UserError(

@@ -59,7 +59,7 @@ def check_output_dir(output_dir: str, own_files: tuple[str, ...] = ()) -> None:
             "remove it or give another --output_dir",
         )
     parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not os.access(parent, os.W_OK):
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(output_dir, f"{parent} cannot be written", "give another --output_dir")
 
 
@@ -67,15 +67,20 @@ def read_run_config(run_dir: str) -> dict:
     """Return the record that train.py or merge.py left in a folder.
 
     Raises:
-        UserError: there is none, or it is not JSON.
+        UserError: there is none, it is not JSON, or it is the record of something else.
     """
     file = Path(run_dir, RUN_CONFIG)
     if not file.is_file():
         raise UserError(run_dir, f"no {RUN_CONFIG} in it", "give the output folder of train.py")
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        record = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(str(file), f"not valid JSON ({error})", "restore the file") from None
+    if not isinstance(record, dict) or not {"kind", "arguments", "prompt"} <= record.keys():
+        raise UserError(
+            str(file), "not the record of a run", "give a folder that train.py or merge.py made"
+        )
+    return record
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -143,6 +148,9 @@ def find_checkpoint(args, run_config: dict) -> Path | None:
     if not args.resume_from_checkpoint:
         return None
     if not Path(args.output_dir, RUN_CONFIG).is_file():
+        if args.resume_from_checkpoint != "latest":
+            raise UserError(args.resume_from_checkpoint, f"no run in {args.output_dir}", "omit it")
+        check_output_dir(args.output_dir, own_files=(f"{RUN_CONFIG}.tmp",))
         print(f"NOTE: no run in {args.output_dir} to resume yet; starting one", flush=True)
         return None
     differences = _differences(read_run_config(args.output_dir), run_config)

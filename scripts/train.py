@@ -20,6 +20,7 @@ from articles import Columns, check_articles, open_articles
 from exit_codes import run
 from prompting import Prompt, read_template
 from run_folder import (
+    RUN_CONFIG,
     check_model_folder,
     check_output_dir,
     check_tracker,
@@ -80,9 +81,11 @@ def parse_args(argv=None):
         if name in ("lora_dropout", "warmup_ratio"):
             if not 0 <= value < 1:
                 parser.error(f"--{name} {value}: give a number from 0 to below 1")
-        elif name not in ("seed", "num_eval_titles") and isinstance(value, int | float):
-            if not isinstance(value, bool) and not value > 0:
-                parser.error(f"--{name} {value}: give a number above 0")
+        elif name in ("seed", "num_eval_titles"):
+            if value < 0:
+                parser.error(f"--{name} {value}: give a number from 0 up")
+        elif type(value) in (int, float) and not value > 0:
+            parser.error(f"--{name} {value}: give a number above 0")
     return args
 
 
@@ -94,7 +97,7 @@ def main(argv=None):
     template = read_template(args.prompt_file)
     check_model_folder(args.model_name_or_path)
     check_tracker(args.report_to)
-    if not args.resume_from_checkpoint:
+    if not (args.resume_from_checkpoint and Path(args.output_dir, RUN_CONFIG).is_file()):
         check_output_dir(args.output_dir)
     checked = {"train": check_articles(args.train_file, columns)}
     if args.validation_file:
@@ -149,8 +152,9 @@ def main(argv=None):
     base = load_base(str(base_folder), accelerator.device, dtype, nf4=True)
     if args.activation_checkpointing:
         # Non-reentrant: the reentrant kind gives no gradient to LoRA below a frozen embedding.
-        enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+        # (The name before transformers 5.18 was gradient_checkpointing_enable.)
+        old_name = base.gradient_checkpointing_enable
+        getattr(base, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
 
     # ------------------------------------------------------------------ LoRA
     # Embeddings, norms and head stay in bf16 (prepare_model_for_kbit_training would make them
@@ -160,7 +164,9 @@ def main(argv=None):
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules=args.target_modules[0] if len(args.target_modules) == 1 else args.target_modules,
+        target_modules="all-linear"
+        if args.target_modules == ["all-linear"]
+        else args.target_modules,
     )
     model = get_peft_model(base, lora_config)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -183,8 +189,9 @@ def main(argv=None):
     if accelerator.is_main_process:
         write_run(output_dir, run_config, tokenizer, state["completed_steps"])
     accelerator.init_trackers("manchette", {k: str(v) for k, v in vars(args).items()})
+    unwrapped = accelerator.unwrap_model(model)
     plan = describe_plan(
-        args, accelerator, model, prompt, checked, lengths, updates_per_epoch, num_warmup_steps
+        args, accelerator, unwrapped, prompt, checked, lengths, updates_per_epoch, num_warmup_steps
     )
     accelerator.print(plan, flush=True)
 
@@ -196,7 +203,7 @@ def main(argv=None):
         epoch, update = divmod(step, updates_per_epoch)
         order = epoch_order(len(train_articles), args.seed, epoch)
         rows = train_articles[order[update * update_size : (update + 1) * update_size].tolist()]
-        examples = [prompt.encode(*row) for row in zip(rows["text"], rows["title"], strict=True)]
+        examples = list(map(prompt.encode, rows["text"], rows["title"]))
         # Every process knows the whole update, and so what its own share of it weighs.
         num_title_tokens = sum(example.num_title_ids for example in examples)
         micro_batches = deal(
@@ -257,14 +264,14 @@ def main(argv=None):
                 evaluate(accelerator, model, prompt, validation_articles, args, state)
             if accelerator.is_main_process:
                 folder = output_dir / "checkpoints"
-                save_checkpoint(folder, accelerator.unwrap_model(model), paged_adamw, state)
+                save_checkpoint(folder, unwrapped, paged_adamw, state)
                 rotate_checkpoints(folder, state["best_step"], args.save_total_limit)
             accelerator.wait_for_everyone()
     progress_bar.close()
 
     # ------------------------------------------------------------------ save
     if accelerator.is_main_process:
-        save_adapter(accelerator.unwrap_model(model), state, output_dir)
+        save_adapter(unwrapped, state, output_dir)
     accelerator.end_training()
     accelerator.print(f"done: {output_dir}; peak memory {peak_memory(accelerator.device)}")
 
@@ -303,7 +310,7 @@ def evaluate(accelerator, model, prompt, articles, args, state) -> None:
         mine = list(range(rank, len(articles), world_size))
         for start in range(0, len(mine), 64):
             rows = articles[mine[start : start + 64]]
-            examples = [prompt.encode(*row) for row in zip(rows["text"], rows["title"], strict=True)]
+            examples = list(map(prompt.encode, rows["text"], rows["title"]))
             for micro_batch in deal(examples, args.per_device_train_batch_size):
                 batch = pad_left(micro_batch, accelerator.device)
                 totals[0] += title_loss(unwrapped, batch)
@@ -326,7 +333,8 @@ def evaluate(accelerator, model, prompt, articles, args, state) -> None:
             accelerator.print(f"\n  written: {prediction}\n  true:    {reference}")
     log_metrics(accelerator, Path(args.output_dir), {"step": state["completed_steps"]} | figures)
     accelerator.print(", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
-    value = figures["eval_loss"] if args.metric_for_best_model == "loss" else -figures["eval_rougeL"]
+    by_loss = args.metric_for_best_model == "loss"
+    value = figures["eval_loss"] if by_loss else -figures["eval_rougeL"]  # lower is better
     if state["best_value"] is None or value < state["best_value"]:
         state |= {"best_step": state["completed_steps"], "best_value": value}
 

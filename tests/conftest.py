@@ -7,7 +7,6 @@ machine are refused, in the tests and in every script that they start.
 import csv
 import os
 import random
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -29,9 +28,9 @@ def connect(self, address, *rest):
     return _connect(self, address, *rest)
 socket.socket.connect = connect
 """
-exec(BLOCK_NETWORK)
+exec(BLOCK_NETWORK)  # the same text goes into every script that a test starts
 
-WORDS = (
+WORDS = (  # noqa: SIM905
     "le la les un une des à de du en sur pour avec dans maire ville élu élève hôpital œuvre été "
     "forêt âge façade Noël naïf où Nîmes Orléans Besançon l'équipe d'État qu'il aujourd'hui "
     "« victoire » 3,5 % 1 200 € président ministre projet loi vote match but coup crise emploi"

@@ -6,14 +6,5 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-if [ "${SETUP:-1}" = 1 ]; then
-  if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
-    [ -x .venv/bin/python ] || python3 -m venv .venv
-    export PATH="$PWD/.venv/bin:$PATH"
-  fi
-  python -c 'import accelerate, bitsandbytes, datasets, evaluate, hypothesis, peft, py3langid, pytest
-import rouge_score, sentencepiece, tensorboard, torch, transformers' 2>/dev/null \
-    || python -m pip install --quiet -r requirements.txt -r tests/requirements.txt
-fi
-
+source scripts/setup.sh requirements.txt tests/requirements.txt
 exec python -m pytest "$@"

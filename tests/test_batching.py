@@ -61,7 +61,8 @@ def test_articles_of_similar_length_go_together():
 
 
 def test_padding_is_on_the_left_and_made_from_lengths():
-    examples = [Example([5, 6, 7, 0], 2, False), Example([0, 8], 1, False), Example([9] * 6, 6, False)]
+    ids_and_prompts = (([5, 6, 7, 0], 2), ([0, 8], 1), ([9] * 6, 6))
+    examples = [Example(ids, prompt, False) for ids, prompt in ids_and_prompts]
     batch = pad_left(examples, CPU)
     assert batch["input_ids"].tolist() == [[0, 0, 5, 6, 7, 0], [0, 0, 0, 0, 0, 8], [9] * 6]
     assert batch["attention_mask"].tolist() == [[0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1], [1] * 6]

@@ -55,7 +55,8 @@ def test_details_stand_beside_under_a_line_of_settings(predicted, trained, news)
     assert record["prompt"]["max_length"] == 256  # the run's
     assert record["max_new_tokens"] == 24
     assert list(rows[0]) == ["id", "title", "raw", "num_new_tokens", "stopped_by"]
-    assert [row["title"] for row in rows] == [r["titles"] for r in read_csv(predicted / "adapter.csv")]
+    submitted = read_csv(predicted / "adapter.csv")
+    assert [row["title"] for row in rows] == [row["titles"] for row in submitted]
     for row in rows:
         assert row["stopped_by"] == ("length" if row["num_new_tokens"] == 24 else "eos")
 
@@ -205,7 +206,7 @@ def test_another_tokenizer_is_refused(trained, news, tmp_path):
 def test_another_base_is_refused(trained, news, tmp_path):
     other = save_tiny_model(tmp_path / "other", byte_level_tokenizer(), tie=True, seed=1)
     more = ("--model_name_or_path", other)
-    with pytest.raises(UserError, match="not the base that .* was trained on"):
+    with pytest.raises(UserError, match=r"not the base that .* was trained on"):
         call(infer.main, "--run_dir", trained, *args_for(news, tmp_path / "out.csv", *more))
 
 
@@ -256,6 +257,14 @@ def test_finished_predictions_are_kept(predicted, trained, news, capsys):
     with pytest.raises(UserError, match="predictions of other settings already"):
         call(infer.main, "--run_dir", trained, *args_for(news, file, "--max_new_tokens", "5"))
     assert file.stat().st_mtime_ns == before
+
+
+def test_another_commit_may_go_on(predicted, trained, news, tmp_path, monkeypatch, capsys):
+    record, rows = details(predicted / "adapter.jsonl")
+    lines = [json.dumps(record | {"commit": "an older one"}), json.dumps({"index": 0} | rows[0])]
+    (tmp_path / "out.part-0.jsonl").write_text("\n".join(lines) + "\n")
+    call(infer.main, "--run_dir", trained, *args_for(news, tmp_path / "out.csv"))
+    assert "going on after 1 titles" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------- as a user runs it
@@ -325,5 +334,5 @@ def test_an_unfinished_run_has_no_adapter_yet(run_script, trained, news, tmp_pat
     arguments = ("--run_dir", run_dir, *args_for(news, tmp_path / "out.csv"))
     result = run_script("infer.py", *arguments, code=2)
     assert result.stderr == (
-        f"error: {run_dir}: no adapter_model.safetensors in it; let the training finish first\n"
+        f"error: {run_dir}: no adapter_model.safetensors in it; let training finish first\n"
     )

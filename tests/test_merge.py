@@ -87,7 +87,8 @@ def test_every_tensor_equals_peft_on_the_dequantised_base(run_dir, merged):
 
 def test_the_original_merge_leaves_other_tensors_alone(run_dir, merged):
     base = json.loads((run_dir / "run_config.json").read_text())["base_model"]
-    before, after = load_file(f"{base}/model.safetensors"), load_file(merged / "original/model.safetensors")
+    before = load_file(f"{base}/model.safetensors")
+    after = load_file(merged / "original/model.safetensors")
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if "_proj" in name}
@@ -128,7 +129,8 @@ def test_plain_transformers_loads_it_without_peft_and_writes_the_same(merged, ru
     ids = [prompt.encode(text).ids for text in TEXTS]
     script = f"""
 import json, torch, transformers
-pipe = transformers.pipeline("text-generation", model={str(folder)!r}, dtype="float32", device="cpu")
+task, folder = "text-generation", {str(folder)!r}
+pipe = transformers.pipeline(task, model=folder, dtype="float32", device="cpu")
 model = pipe.model
 if {model_is_tied(folder)}:
     assert model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
@@ -239,8 +241,8 @@ def test_bad_input_is_one_line_and_exit_code_2(run_script, run_dir, tiny_llama2,
         ),
         (
             ("--run_dir", run_dir, "--output_dir", other),
-            f"error: {other}: the folder is not empty (it holds chat_template.jinja); remove it or give "
-            "another --output_dir",
+            f"error: {other}: the folder is not empty (it holds chat_template.jinja); remove it "
+            "or give another --output_dir",
         ),
         (
             ("--run_dir", run_dir, "--output_dir", tmp_path / "m", "--model_name_or_path", other),

@@ -1,4 +1,4 @@
-"""modeling.py: precision as asked, adapters that fit. Run: python -m pytest tests/test_modeling.py"""
+"""modeling.py: what is loaded is what was asked. Run: python -m pytest tests/test_modeling.py"""
 
 import shutil
 

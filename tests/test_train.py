@@ -10,6 +10,7 @@ import pytest
 from conftest import SCRIPTS, call, french_rows, train_args, write_csv
 
 import train
+from exit_codes import UserError
 
 EXACT = ("--lora_dropout", "0", "--mixed_precision", "no", "--num_train_epochs", "1")
 
@@ -101,14 +102,13 @@ def test_save_total_limit_keeps_the_newest_and_the_best(best_is_step_3, tiny_mod
     assert names == {"step-000003", "step-000006"}
 
 
-@pytest.mark.parametrize(("metric", "key", "choose"), [("loss", "loss", min), ("rougeL", "rougeL", max)])
-def test_best_is_the_lowest_loss_or_the_highest_rouge(
-    tiny_model, news, tmp_path, metric, key, choose
-):
-    more = ("--metric_for_best_model", metric, "--checkpointing_steps", "1", "--num_eval_titles", "7")
+@pytest.mark.parametrize(("metric", "choose"), [("loss", min), ("rougeL", max)])
+def test_best_is_the_lowest_loss_or_the_highest_rouge(tiny_model, news, tmp_path, metric, choose):
+    more = ("--metric_for_best_model", metric, "--checkpointing_steps", "1")
+    more += ("--num_eval_titles", "7")
     more += ("--learning_rate", "0.1", "--num_train_epochs", "3")
     call(train.main, *train_args(tiny_model, news, tmp_path / "run", *more))
-    values = {r["step"]: r[f"eval_{key}"] for r in metrics(tmp_path / "run") if "eval_loss" in r}
+    values = {r["step"]: r[f"eval_{metric}"] for r in metrics(tmp_path / "run") if "eval_loss" in r}
     assert len(values) == 9
     best = choose(values, key=values.get)  # the first, if several are equal
     assert json.loads((tmp_path / "run/run_config.json").read_text())["adapter_step"] == best
@@ -206,6 +206,21 @@ def test_resumed_in_the_middle_of_an_epoch_ends_with_the_same_bytes(
     assert without_time[0] == without_time[1]
 
 
+def test_resuming_never_writes_into_a_folder_of_something_else(tiny_model, news, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/thesis.tex").write_text("mine")
+    more = ("--resume_from_checkpoint", "latest")
+    with pytest.raises(UserError, match="the folder is not empty"):
+        call(train.main, *train_args(tiny_model, news, tmp_path / "run", *more))
+
+
+def test_resuming_before_there_is_a_run_starts_one(tiny_model, news, tmp_path, capsys):
+    more = ("--resume_from_checkpoint", "latest", "--max_train_steps", "1")
+    call(train.main, *train_args(tiny_model, news, tmp_path / "run", *more))
+    assert "to resume yet; starting one" in capsys.readouterr().out
+    assert len(updates(tmp_path / "run")) == 1
+
+
 def test_resuming_with_other_settings_is_refused(trained, tiny_model, news):
     more = ("--resume_from_checkpoint", "latest", "--learning_rate", "0.02")
     with pytest.raises(Exception, match=r"learning_rate 0\.01, now 0\.02"):
@@ -262,7 +277,8 @@ def test_loss_and_gradients_equal_the_textbook_way(loaded):
     ):
         model.zero_grad()
         loss.backward()
-        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
+        trained = ((n, p) for n, p in model.named_parameters() if p.requires_grad)
+        gradients.append({n: p.grad.clone() for n, p in trained})
     assert difference(*gradients) < 1e-5
     assert all(gradient.any() for gradient in gradients[0].values())
 
@@ -358,7 +374,9 @@ def test_clipping_bounds_the_norm_that_adamw_sees(tiny_model, news, tmp_path, mo
 # ---------------------------------------------------------------------- the method in the file
 
 
-def test_only_lora_trains_and_the_optimizer_holds_exactly_that(tiny_model, news, tmp_path, monkeypatch):
+def test_only_lora_trains_and_the_optimizer_holds_exactly_that(
+    tiny_model, news, tmp_path, monkeypatch
+):
     import bitsandbytes.optim
     import peft
 
@@ -533,8 +551,14 @@ def test_through_accelerate_launch(run_script, tiny_model, news, tmp_path):
             "error: ./nowhere: there is no such model folder; check the path",
         ),
         (["--lora_r", "0"], "train.py: error: --lora_r 0: give a number above 0"),
-        (["--lora_dropout", "1"], "train.py: error: --lora_dropout 1.0: give a number from 0 to below 1"),
-        (["--report_to", "wandb"], "error: --report_to wandb: it is not installed; run: pip install wandb"),
+        (
+            ["--lora_dropout", "1"],
+            "train.py: error: --lora_dropout 1.0: give a number from 0 to below 1",
+        ),
+        (
+            ["--report_to", "wandb"],
+            "error: --report_to wandb: it is not installed; run: pip install wandb",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -564,9 +588,7 @@ def test_complaints_and_help_do_not_wait_for_torch(run_script, tiny_model, news,
 
 
 def test_defaults_are_the_reports():
-    args = train.parse_args(
-        ["--model_name_or_path", "m", "--train_file", "t", "--output_dir", "o"]
-    )
+    args = train.parse_args(["--model_name_or_path", "m", "--train_file", "t", "--output_dir", "o"])
     assert (args.num_train_epochs, args.per_device_train_batch_size) == (2, 4)
     assert (args.gradient_accumulation_steps, args.learning_rate) == (2, 2e-4)
     assert (args.warmup_ratio, args.max_grad_norm, args.mixed_precision) == (0.03, 0.3, "bf16")

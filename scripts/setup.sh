@@ -1,0 +1,28 @@
+# Sourced by the launchers and by tests/run.sh, from the repository's root: use the active virtual
+# or conda environment, else .venv; install the given requirements files if something in them is
+# missing or too old. SETUP=0 leaves everything as it is, for clusters that set up in their own way.
+#
+#   source scripts/setup.sh requirements.txt
+
+if [ "${SETUP:-1}" != 0 ]; then
+  if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
+    [ -x .venv/bin/python ] || python3 -m venv .venv
+    export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv"
+  fi
+  if ! python - "$@" 2>/dev/null <<'CHECK'
+import sys
+from importlib.metadata import version
+from packaging.requirements import Requirement
+
+for file in sys.argv[1:]:
+    for line in open(file, encoding="utf-8"):
+        if text := line.partition("#")[0].strip():
+            requirement = Requirement(text)
+            installed = version(requirement.name)
+            assert requirement.specifier.contains(installed, prereleases=True)
+CHECK
+  then
+    echo "installing $* into $(command -v python)"
+    python -m pip install --quiet $(printf -- '-r %s ' "$@")
+  fi
+fi

@@ -1,0 +1,126 @@
+"""What only a GPU shows: paging, bf16 on CUDA, memory. Run: python -m pytest -m gpu tests/gpu"""
+
+import json
+
+import pytest
+import torch
+from conftest import byte_level_tokenizer, call, read_csv, save_tiny_model, train_args
+
+import infer
+import merge
+import train
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here"),
+]
+CUDA = torch.device("cuda", 0)
+# Wide enough for states of 1e5 elements and more, which bitsandbytes pages.
+WIDE = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 8}
+WIDE |= {"num_key_value_heads": 4, "num_hidden_layers": 4}
+
+
+@pytest.fixture(scope="module")
+def wide_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wide")
+    return save_tiny_model(folder, byte_level_tokenizer(), **(WIDE | {"initializer_range": 0.02}))
+
+
+@pytest.fixture
+def spied_optimizers(monkeypatch):
+    """The optimizers that train.py makes, to look at their states afterwards."""
+    import bitsandbytes.optim
+
+    made = []
+
+    class Spy(bitsandbytes.optim.PagedAdamW32bit):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    monkeypatch.setattr(bitsandbytes.optim, "PagedAdamW32bit", Spy)
+    return made
+
+
+def paged(optimizer) -> dict[bool, set[bool]]:
+    """Return, for large and for small parameters, whether their states are paged."""
+    found = {True: set(), False: set()}
+    for parameter, state in optimizer.state.items():
+        for key in ("state1", "state2"):
+            found[parameter.numel() >= 1e5].add(getattr(state[key], "is_paged", False))
+    return found
+
+
+def test_large_optimizer_states_are_paged_and_paged_again_after_resume(
+    wide_model, news, tmp_path, spied_optimizers, capsys
+):
+    more = ("--lora_r", "128", "--checkpointing_steps", "2", "--save_total_limit", "9")
+    call(train.main, *train_args(wide_model, news, tmp_path / "run", *more))
+    assert "PagedAdamW32bit, paged" in capsys.readouterr().out
+    assert paged(spied_optimizers[0]) == {True: {True}, False: {False}} or paged(
+        spied_optimizers[0]
+    ) == {True: {True}, False: set()}
+    resume = ("--resume_from_checkpoint", tmp_path / "run/checkpoints/step-000002")
+    call(train.main, *train_args(wide_model, news, tmp_path / "run", *more, *resume))
+    assert paged(spied_optimizers[1])[True] == {True}
+
+
+def test_the_base_takes_a_quarter_of_its_bf16_bytes(wide_model):
+    from memory import NF4_BYTES
+    from modeling import load_base
+
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    model = load_base(str(wide_model), CUDA, torch.bfloat16, nf4=True)
+    taken = torch.cuda.memory_allocated() - before
+    linear = [p for p in model.parameters() if hasattr(p, "quant_state")]
+    weights = sum(torch.Size(p.quant_state.shape).numel() for p in linear)
+    others = sum(p.nbytes for p in model.parameters() if not hasattr(p, "quant_state"))
+    assert taken == pytest.approx(NF4_BYTES * weights + others, rel=0.05)
+
+
+def test_trains_infers_and_merges_on_the_gpu(wide_model, news, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    call(train.main, *train_args(wide_model, news, run_dir, "--num_train_epochs", "4"))
+    output = capsys.readouterr().out
+    assert "bf16 autocast, adapter in fp32, on cuda" in output
+    assert "GiB on the GPU" in output
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[-1] < losses[0]
+    call(merge.main, "--run_dir", run_dir, "--output_dir", tmp_path / "merged")
+    check = json.loads((tmp_path / "merged/run_config.json").read_text())["merge_check"]
+    assert check["relative_difference"] < 0.03
+    for name in ("run", "merged"):
+        output = ("--output_file", tmp_path / f"{name}.csv")
+        source = ("--run_dir", tmp_path / name, "--input_file", news / "test.csv")
+        call(infer.main, *source, *output)
+        assert len(read_csv(tmp_path / f"{name}.csv")) == 9
+
+
+def test_rounding_to_nf4_gives_the_same_bits_on_gpu_and_cpu(wide_model):
+    """So that an adapter that was trained on a GPU can be merged on a laptop."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(wide_model / "model.safetensors")
+    names = [name for name in tensors if name.endswith("_proj.weight")]
+    assert names
+    for name in names:
+        on_cpu = merge.round_to_nf4(tensors[name])
+        assert torch.equal(merge.round_to_nf4(tensors[name].cuda()).cpu(), on_cpu), name
+
+
+def test_logits_of_all_positions_never_exist(wide_model):
+    """The peak of a long prompt with a short title stays below the logits' own size."""
+    from batching import pad_left
+    from modeling import load_base
+    from prompting import Example
+
+    model = load_base(str(wide_model), CUDA, torch.bfloat16, nf4=True)
+    model.resize_token_embeddings(200_000)
+    example = Example([5] * 1000, 990, False)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        train.title_loss(model, pad_left([example], CUDA))
+    assert torch.cuda.max_memory_allocated() - before < 1000 * 200_000 * 2

@@ -1,0 +1,107 @@
+"""Two processes do what one does. Run: python -m pytest tests/test_distributed.py
+
+Real processes on this machine, over gloo, as `torchrun` starts them (`accelerate launch` starts
+several processes only on GPUs or through MPI).
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import SCRIPTS, french_rows, read_csv, train_args, write_csv
+from test_train import EXACT, adapter, difference, metrics, updates
+
+
+def run_on(processes: int, script: str, *argv) -> str:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    command += ["--master_port", "0", "--rdzv_endpoint", "localhost:0", "--rdzv_backend", "c10d"]
+    command += [str(SCRIPTS / script), *map(str, argv)]
+    result = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+        timeout=300,
+    )
+    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def rows_17(tmp_path_factory):
+    """17 training rows: the third update of 8 has one article, and the second process none."""
+    folder = tmp_path_factory.mktemp("news17")
+    write_csv(folder / "train.csv", french_rows(17, seed=8))
+    write_csv(folder / "validation.csv", french_rows(7, seed=2))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_model, rows_17, tmp_path_factory):
+    """The same training by one process and by two, and what was printed."""
+    folder, printed = tmp_path_factory.mktemp("processes"), {}
+    for processes, batch in ((1, 4), (2, 2)):
+        more = (*EXACT, "--per_device_train_batch_size", batch, "--gradient_accumulation_steps", 2)
+        output_dir = folder / str(processes)
+        printed[processes] = run_on(
+            processes, "train.py", *train_args(tiny_model, rows_17, output_dir, *more)
+        )
+    return folder, printed
+
+
+def test_two_processes_train_the_same_adapter(runs):
+    folder, printed = runs
+    assert "2 per device x 2 accumulated x 2 processes" in printed[2]
+    assert [row["articles"] for row in updates(folder / "2")] == [8, 8, 1]
+    for one, two in zip(updates(folder / "1"), updates(folder / "2"), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+        for name in ("learning_rate", "title_tokens", "tokens", "articles"):
+            assert two[name] == one[name]
+    assert difference(adapter(folder / "2"), adapter(folder / "1")) < 1e-3
+
+
+def test_two_processes_evaluate_each_row_once(runs):
+    folder, printed = runs
+    one, two = ([r for r in metrics(folder / n) if "eval_loss" in r] for n in ("1", "2"))
+    assert len(one) == len(two) == 1
+    assert two[0]["eval_loss"] == pytest.approx(one[0]["eval_loss"], rel=1e-4)
+    assert two[0]["eval_rougeL"] == pytest.approx(one[0]["eval_rougeL"], rel=1e-4)
+    assert printed[2].count("written:") == 3
+
+
+def test_two_processes_write_one_file_with_the_bytes_of_one(runs, rows_17, tmp_path):
+    folder, _ = runs
+    common = ("--input_file", rows_17 / "validation.csv", "--base_weights", "fp32")
+    for processes in (1, 2):
+        output = ("--output_file", tmp_path / f"{processes}.csv")
+        run_on(processes, "infer.py", "--run_dir", folder / "2", *common, *output)
+    assert (tmp_path / "2.csv").read_bytes() == (tmp_path / "1.csv").read_bytes()
+    assert (tmp_path / "2.jsonl").read_bytes() == (tmp_path / "1.jsonl").read_bytes()
+    assert [row["ID"] for row in read_csv(tmp_path / "2.csv")] == [f"a{n}" for n in range(7)]
+    assert {path.name for path in tmp_path.iterdir()} == {"1.csv", "1.jsonl", "2.csv", "2.jsonl"}
+
+
+def test_a_complaint_is_printed_once(tiny_model, rows_17, tmp_path):
+    args = train_args(tiny_model, rows_17, tmp_path / "run", "--train_file", "none.csv")
+    with pytest.raises(AssertionError) as caught:
+        run_on(2, "train.py", *args)
+    assert str(caught.value).count("error: none.csv: there is no such file; check the path") == 1
+
+
+def test_dropout_differs_between_processes_and_adapters_stay_equal(tiny_model, rows_17, tmp_path):
+    """Gradients of each process's own dropout are averaged: the loss equals no single one's."""
+    more = ("--mixed_precision", "no", "--lora_dropout", "0.5", "--num_train_epochs", "1")
+    more += ("--per_device_train_batch_size", 2)
+    for processes in (1, 2):
+        steps = ("--gradient_accumulation_steps", 4 // processes)
+        args = train_args(tiny_model, rows_17, tmp_path / str(processes), *more, *steps)
+        run_on(processes, "train.py", *args)
+    one, two = updates(tmp_path / "1"), updates(tmp_path / "2")
+    # LoRA begins alike, so the first loss is the same up to dropout of an update that is zero.
+    assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-5)
+    assert two[1]["loss"] != pytest.approx(one[1]["loss"], rel=1e-7)
+    config = json.loads((tmp_path / "2/run_config.json").read_text())
+    assert config["articles_per_update"] == 8

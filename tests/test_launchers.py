@@ -1,0 +1,240 @@
+"""The launchers, configs, prompts and README. Run: python -m pytest tests/test_launchers.py"""
+
+import importlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+
+import pytest
+import yaml
+from conftest import ROOT, SCRIPTS
+
+import infer
+import train
+
+LAUNCHERS = ("run_train.sh", "run_infer.sh")
+FAKE_ACCELERATE = """#!/usr/bin/env python3
+import json, os, sys
+with open(os.environ["CALLS"], "a") as stream:
+    stream.write(json.dumps(sys.argv[1:]) + "\\n")
+if code := os.environ.get("FAIL_WITH"):
+    open(os.environ["EXIT_CODE_FILE"], "w").write(code)
+    sys.exit(1)
+sys.exit(int(os.environ.get("DIE_WITH", 0)))
+"""
+FAKE_PYTHON = """#!/bin/sh
+printf '%s\\n' "$*" >> "$PYTHON_CALLS"
+"""
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Return a function that runs a launcher with stand-ins for accelerate and python."""
+    bin_dir = tmp_path / "bin"
+    bin_dir.mkdir()
+    for name, text in (("accelerate", FAKE_ACCELERATE), ("python", FAKE_PYTHON)):
+        (bin_dir / name).write_text(text)
+        (bin_dir / name).chmod(0o755)
+
+    def run(launcher, *argv, code=0, cwd=ROOT, **env):
+        calls, python_calls = tmp_path / "calls", tmp_path / "python_calls"
+        for file in (calls, python_calls):
+            file.write_text("")
+        env |= {"PATH": f"{bin_dir}:{os.environ['PATH']}", "SETUP": "0"}
+        env |= {"CALLS": str(calls), "PYTHON_CALLS": str(python_calls)}
+        env.setdefault("OUTPUT_DIR", str(tmp_path / "out"))
+        result = subprocess.run(
+            ["bash", str(launcher), *argv],
+            cwd=cwd,
+            env=os.environ | env,
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == code, result.stderr
+        launched = [json.loads(line) for line in calls.read_text().splitlines()]
+        return launched, python_calls.read_text().splitlines()
+
+    return run
+
+
+def parsed(argv, script):
+    """Return what the script itself makes of a call of accelerate."""
+    assert argv[:3] == ["launch", "--quiet", "--config_file"]
+    assert (ROOT / argv[3]).is_file()
+    assert argv[4] == f"scripts/{script.__name__}.py"
+    return script.parse_args(argv[5:])
+
+
+REAL = {"MODEL": "m", "TRAIN_FILE": "t t.csv", "VALIDATION_FILE": "v.csv", "RUN_DIR": "runs/x"}
+
+
+def test_train_launcher_passes_variables_and_options(launch):
+    config = {"ACCELERATE_CONFIG": "accelerate_configs/single_gpu.yaml"}
+    [argv], python = launch(ROOT / "run_train.sh", "--lora_r", "8", **REAL, **config)
+    args = parsed(argv, train)
+    assert argv[3] == "accelerate_configs/single_gpu.yaml"
+    assert (args.model_name_or_path, args.train_file) == ("m", "t t.csv")
+    assert (args.validation_file, args.output_dir, args.lora_r) == ("v.csv", "runs/x", 8)
+    assert args.learning_rate == 2e-4  # a real model trains with the report's settings
+    assert args.activation_checkpointing
+    assert python == []
+
+
+def test_train_launcher_makes_the_demo_only_for_the_demo(launch):
+    [argv], python = launch(ROOT / "run_train.sh")
+    args = parsed(argv, train)
+    assert args.model_name_or_path == "demo/model"
+    assert args.train_file == "demo/train.csv"
+    assert python == ["scripts/make_demo.py --output_dir demo"]
+
+
+def test_infer_launcher_goes_through_the_reports_steps(launch, tmp_path):
+    settings = {"MODEL": "m", "RUN_DIR": "r", "INPUT_FILE": "i.csv", "REFERENCES": "v.csv"}
+    calls, python = launch(ROOT / "run_infer.sh", "--max_new_tokens", "9", **settings)
+    untuned, adapter, merged = (parsed(argv, infer) for argv in calls)
+    assert (untuned.model_name_or_path, untuned.run_dir) == ("m", None)
+    assert untuned.prompt_file == "prompts/fr.txt"
+    assert (adapter.run_dir, adapter.model_name_or_path) == ("r", None)
+    assert merged.run_dir == str(tmp_path / "out/merged")
+    assert {call.input_file for call in (untuned, adapter, merged)} == {"i.csv"}
+    assert {call.max_new_tokens for call in (untuned, adapter, merged)} == {9}
+    outputs = [call.output_file for call in (untuned, adapter, merged)]
+    assert outputs == [str(tmp_path / f"out/{n}.csv") for n in ("untuned", "adapter", "merged")]
+    merge_argv, score_argv = (shlex.split(line) for line in python)
+    import merge
+    import score
+
+    assert merge_argv[0] == "scripts/merge.py"
+    assert merge.parse_args(merge_argv[1:]).run_dir == "r"
+    assert score_argv[0] == "scripts/score.py"
+    assert score.parse_args(score_argv[1:]).predictions == outputs
+
+
+def test_infer_launcher_without_references_does_not_score(launch):
+    _, python = launch(ROOT / "run_infer.sh", REFERENCES="", RUN_DIR="r", MODEL="m")
+    assert [line.split()[0] for line in python] == ["scripts/merge.py"]
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("code", [2, 75])
+def test_the_scripts_exit_code_comes_through_accelerate(launch, launcher, code):
+    launch(ROOT / launcher, code=code, FAIL_WITH=str(code), **REAL)
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_script_that_died_without_a_word_is_a_bug(launch, launcher):
+    launch(ROOT / launcher, code=1, DIE_WITH="137", **REAL)
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_runs_as_the_copy_that_sbatch_spools(launch, launcher, tmp_path):
+    spooled = tmp_path / "spool/slurm_script"
+    spooled.parent.mkdir()
+    shutil.copy(ROOT / launcher, spooled)
+    calls, _ = launch(spooled, cwd=tmp_path, SLURM_SUBMIT_DIR=str(ROOT), **REAL)
+    assert calls
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launcher_reads_as_agreed(launcher):
+    text = (ROOT / launcher).read_text()
+    lines = text.splitlines()
+    assert len(lines) <= 60
+    assert max(map(len, lines)) <= 110
+    assert "set -euo pipefail" in lines
+    assert sum("accelerate launch" in line for line in lines if not line.startswith("#")) == 1
+    assert len(re.findall(r"^# --- ", text, re.MULTILINE)) == 4  # and the header: five blocks
+    directives = [line for line in lines if line.startswith("#SBATCH")]
+    assert len(directives) >= 5
+    assert all(" # " in line for line in directives)
+    assert subprocess.run(["bash", "-n", ROOT / launcher], check=False).returncode == 0
+    assert os.access(ROOT / launcher, os.X_OK)
+
+
+# ---------------------------------------------------------------------- configs and prompts
+
+CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+
+
+def test_there_are_the_configs_that_the_readme_names():
+    assert {path.stem for path in CONFIGS} == {"cpu", "single_gpu", "multi_gpu"}
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_config_describes_the_machine_only_and_accelerate_takes_it(config):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    settings = yaml.safe_load(config.read_text())
+    loaded = load_config_from_file(str(config))
+    for key, value in settings.items():
+        assert getattr(loaded.to_dict().get(key), "value", loaded.to_dict().get(key)) == value
+    # Precision and accumulation belong to the script, which passes them to Accelerate itself.
+    arguments = vars(train.parse_args(["--model_name_or_path=m", "--train_file=t", "--output_dir=o"]))
+    assert not settings.keys() & arguments.keys()
+    lines = config.read_text().splitlines()
+    for before, line in zip([""] + lines, lines, strict=False):
+        assert line.startswith("#") or before.startswith("#"), f"no comment over {line}"
+    assert len(settings) <= 10
+
+
+PROMPTS = sorted((ROOT / "prompts").glob("*.txt"))
+
+
+def test_there_are_the_prompts_that_the_readme_names():
+    names = {f"{language}{form}" for language in ("fr", "en") for form in ("", "_llama2", "_chat")}
+    assert {path.stem for path in PROMPTS} == names
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=lambda path: path.stem)
+def test_prompt_has_the_article_once_and_its_form(prompt):
+    from prompting import read_template
+
+    template = read_template(str(prompt))
+    assert ("[INST]" in template) == template.endswith("[/INST]") == ("llama2" in prompt.stem)
+    assert "<s>" not in template  # BOS comes as an id
+
+
+# ---------------------------------------------------------------------- README
+
+
+def readme_commands() -> list[list[str]]:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.strip()]
+
+
+def test_every_command_of_the_readme_is_one_that_its_script_takes():
+    found = set()
+    for words in readme_commands():
+        scripts = [word for word in words if re.fullmatch(r"scripts/\w+\.py", word)]
+        if not scripts:
+            continue
+        name = scripts[0].removeprefix("scripts/").removesuffix(".py")
+        found.add(name)
+        importlib.import_module(name).parse_args(words[words.index(scripts[0]) + 1 :])
+        for word in words:
+            if word.startswith(("accelerate_configs/", "prompts/")):
+                assert (ROOT / word).is_file(), word
+    assert found >= {"train", "infer", "merge", "score"}
+
+
+def test_the_readme_names_files_that_exist():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:scripts|prompts|tests|accelerate_configs)/[\w./-]+)`", text))
+    assert len(named) > 5
+    for path in named:
+        assert (ROOT / path).exists(), path
+
+
+def test_nothing_else_lies_at_the_top():
+    git = ["git", "-C", str(ROOT), "ls-files"]
+    listed = subprocess.run(git, capture_output=True, text=True, check=True).stdout.split()
+    top = {path.split("/")[0] for path in listed}
+    expected = {"scripts", "accelerate_configs", "prompts", "requirements.txt", "run_train.sh"}
+    expected |= {"run_infer.sh", "tests", "README.md", "LICENSE", ".gitignore", "pyproject.toml"}
+    assert top == expected | {".ci"}
+    assert SCRIPTS.is_dir()
