@@ -14,8 +14,7 @@ class UserError(Exception):
     """Something that the user must change, told as `where: what is wrong; what to do`."""
 
     def __init__(self, where, problem: str, advice: str):
-        # The errors of libraries that are quoted in `problem` may have lines; a complaint has one.
-        super().__init__(" ".join(f"{where}: {problem}; {advice}".split("\n")))
+        super().__init__(f"{where}: {problem}; {advice}")
 
 
 def run(main) -> None:
@@ -31,7 +30,8 @@ def run(main) -> None:
     except UserError as error:
         code = USER_ERROR
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+            # What it quotes, such as the error of a library, may have lines; a complaint has one.
+            print("error:", " ".join(str(error).split("\n")), file=sys.stderr)
     except SystemExit as exit_request:  # argparse: 0 after --help, 2 after a complaint of its own
         code = exit_request.code or DONE
         if isinstance(code, str):  # sys.exit("what went wrong")

@@ -224,7 +224,9 @@ def generate_titles(
                 index,
                 Title(
                     title=prompt.decode(new_ids[:end]),
-                    raw=prompt.tokenizer.decode(new_ids[:end], skip_special_tokens=True),
+                    raw=prompt.tokenizer.decode(
+                        new_ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
+                    ),
                     num_new_tokens=len(new_ids) if end is None else end + 1,
                     stopped_by="length" if end is None else "eos",
                 ),

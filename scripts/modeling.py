@@ -36,7 +36,7 @@ def load_tokenizer(folder: str):
     """Return the tokenizer of a model or run folder once it is known to keep French intact."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a class that does not fit its files may fail in any way
         raise UserError(
             folder, f"no usable tokenizer ({str(error).splitlines()[0]})", "add its files"
         ) from None

@@ -90,16 +90,19 @@ class Prompt:
         bos = [tokenizer.bos_token_id] if starts_with_bos and not apply_chat_template else []
         self.markers = _markers(tokenizer, rendered, suffix)
 
-        self.prefix_ids = self._ids(prefix, trusted=True)
+        # A space belongs to the word that it opens, as in the text that the model has read:
+        # SentencePiece puts one before every piece itself, byte-level tokenizers need it said.
+        opens_with_space = tokenizer.convert_ids_to_tokens(self._ids("a"))[0].startswith("▁")
+        say_space = "" if opens_with_space else " "
+        self.before_article = say_space if prefix.endswith(" ") else ""
+        self.before_title = "" if rendered[-1].isspace() else say_space
+        self.prefix_ids = self._ids(prefix.removesuffix(" "), trusted=True)
         if self.prefix_ids[:1] != bos:  # a template may spell it out
             self.prefix_ids = bos + self.prefix_ids
         self.suffix_ids = self._ids(suffix, trusted=True)
         # So many ids at the end of a text cut by characters may differ from the whole text's: half
         # a token has at most as many ids as characters, and some before it may change too.
         self.margin = max(map(len, tokenizer.get_vocab())) + 128
-        # SentencePiece itself opens every piece with a space; byte-level tokenizers need it said.
-        opens_with_space = tokenizer.convert_ids_to_tokens(self._ids("a"))[0].startswith("▁")
-        self.before_title = "" if opens_with_space or rendered[-1].isspace() else " "
         fixed = len(self.prefix_ids) + len(self.suffix_ids)
         self.article_budget = max_length - max_title_tokens - fixed
         if max_title_tokens < 1:
@@ -120,7 +123,7 @@ class Prompt:
         Only the article is ever cut, at its end: leads carry the news. A title that does not fit
         into `max_title_tokens` is cut too, but still ends in EOS.
         """
-        article_ids = self._data_ids(article, self.article_budget)
+        article_ids = self._data_ids(article, self.article_budget, self.before_article)
         article_cut = len(article_ids) > self.article_budget
         prompt_ids = self.prefix_ids + article_ids[: self.article_budget] + self.suffix_ids
         if title is None:
@@ -160,18 +163,17 @@ class Prompt:
         ).input_ids
 
     def _data_ids(self, text: str, wanted: int, before: str = "") -> list[int]:
-        """Return the ids of data, or more than the `wanted` first of a text that has more.
+        """Return the ids of data, right in the `wanted` first, and more of a text that has more.
 
         Only the head of a long text is tokenised: a page of 10 MB would take its time, and most
         of it is cut off anyway.
         """
         characters = 8 * (wanted + self.margin)
         while True:
-            ids = self._ids(before + self._one_line(text[:characters]))
-            if characters >= len(text):
+            line = self._one_line(text[:characters])
+            ids = self._ids(before + line if line else "")
+            if characters >= len(text) or len(ids) > wanted + self.margin:
                 return ids
-            if len(ids) > wanted + self.margin:
-                return ids[: -self.margin]
             characters *= 4
 
     def _one_line(self, text: str) -> str:

@@ -146,6 +146,10 @@ def main(argv=None):
     if args.validation_file:
         validation_articles = open_articles(args.validation_file, columns, "validation")
     lengths = measure_lengths(prompt, train_articles)
+    update_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    update_size *= accelerator.num_processes
+    run_config = start_run(args, prompt, base_folder, checked, update_size)
+    checkpoint = find_checkpoint(args, run_config)
 
     # ------------------------------------------------------------------ 4-bit base
     dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
@@ -173,17 +177,14 @@ def main(argv=None):
 
     # ------------------------------------------------------------------ optimizer and schedule
     paged_adamw = PagedAdamW32bit(trainable, lr=args.learning_rate, weight_decay=0.0)
-    update_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    update_size *= accelerator.num_processes
     updates_per_epoch = math.ceil(len(train_articles) / update_size)  # the tail is an update too
     num_training_steps = updates_per_epoch * args.num_train_epochs
     num_training_steps = min(num_training_steps, args.max_train_steps or num_training_steps)
     num_warmup_steps = math.ceil(args.warmup_ratio * num_training_steps)
 
     # ------------------------------------------------------------------ prepare
-    run_config = start_run(args, prompt, base_folder, checked, update_size)
     state = {"completed_steps": 0, "best_step": None, "best_value": None}
-    if checkpoint := find_checkpoint(args, run_config):
+    if checkpoint is not None:
         state = load_checkpoint(checkpoint, model, paged_adamw)
     model, optimizer = accelerator.prepare(model, paged_adamw)
     if accelerator.is_main_process:

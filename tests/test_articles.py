@@ -23,7 +23,7 @@ from articles import Columns, check_articles, iterate_articles, open_articles
 from exit_codes import UserError
 
 ROWS = [
-    {"ID": "007", "text": 'Un « mot »,\nun autre, "cité".', "titles": "L'été à l'Élysée"},
+    {"ID": "007", "text": 'Un « mot »,\r\nun autre,\n"cité".', "titles": "L'été à l'Élysée"},
     {"ID": "1e3", "text": "  Des blancs  ", "titles": "null"},
     {"ID": "NA", "text": unicodedata.normalize("NFD", "élève décomposé"), "titles": "NA"},
     {"ID": "nan", "text": "null", "titles": "nan"},
@@ -252,6 +252,10 @@ BAD_CSV = {
     "unbalanced quote": (
         f'{HEADER}1,a,b\n2,"a,b\n3,a,b\n',
         ":3: not valid CSV (unexpected end of data); mend the quotes",
+    ),
+    "unbalanced quote in the first row": (
+        f'{HEADER}1,"a,b\n',
+        ":2: not valid CSV (unexpected end of data); mend the quotes",
     ),
     "unbalanced quote in the header": (
         'ID,"text,titles\n1,a,b\n',
@@ -528,7 +532,7 @@ def test_a_hub_dataset_is_read_in_the_split_that_it_names(monkeypatch):
 def test_memory_does_not_grow_with_the_number_of_rows(tmp_path, name):
     peaks = []
     for count in (2000, 20_000):
-        text = "Le maire d'Orléans inaugure une école. " * 10
+        text = "Le maire d'Orléans inaugure une école. " * (40 if name == "a.json" else 10)
         rows = [{"text": f"{n} {text}", "titles": f"Titre {n}"} for n in range(count)]
         path = write(tmp_path / f"{count}.{name}", rows)
         del rows
@@ -543,7 +547,7 @@ def test_a_parquet_file_of_one_row_group_is_not_read_whole(tmp_path):
     import pyarrow
     import pyarrow.parquet
 
-    rows = [{"text": os.urandom(500).hex(), "titles": "a"} for _ in range(10_000)]
+    rows = [{"text": os.urandom(500).hex(), "titles": "a"} for _ in range(30_000)]
     table = pyarrow.Table.from_pylist(rows)
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     del rows, table

@@ -172,10 +172,12 @@ def test_config_describes_the_machine_only_and_accelerate_takes_it(config):
     for key, value in settings.items():
         assert getattr(loaded.to_dict().get(key), "value", loaded.to_dict().get(key)) == value
     # Precision and accumulation belong to the script, which passes them to Accelerate itself.
-    arguments = vars(train.parse_args(["--model_name_or_path=m", "--train_file=t", "--output_dir=o"]))
+    arguments = vars(
+        train.parse_args(["--model_name_or_path=m", "--train_file=t", "--output_dir=o"])
+    )
     assert not settings.keys() & arguments.keys()
     lines = config.read_text().splitlines()
-    for before, line in zip([""] + lines, lines, strict=False):
+    for before, line in zip(["", *lines], lines, strict=False):
         assert line.startswith("#") or before.startswith("#"), f"no comment over {line}"
     assert len(settings) <= 10
 

@@ -14,6 +14,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+
 import score
 from exit_codes import UserError
 

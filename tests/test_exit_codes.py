@@ -1,0 +1,85 @@
+"""exit_codes.py: what a script answers, and the one line that a complaint is.
+
+python -m pytest tests/test_exit_codes.py
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import SCRIPTS
+
+import exit_codes
+
+CASES = {
+    "pass": (0, ""),
+    "return 0": (0, ""),
+    "return 75": (75, ""),
+    "raise UserError('a.csv:3', 'it is empty', 'fill it in')": (
+        2,
+        "error: a.csv:3: it is empty; fill it in\n",
+    ),
+    "raise UserError('a.csv', 'no (one\\ntwo\\n three)', 'mend it')": (
+        2,
+        "error: a.csv: no (one two  three); mend it\n",
+    ),
+    "raise UserError('a.csv', 'no \\udce9', 'mend it')": (2, "error: a.csv: no \\udce9; mend it\n"),
+    "sys.exit()": (0, ""),
+    "sys.exit(0)": (0, ""),
+    "sys.exit(3)": (3, ""),
+    "sys.exit('what went wrong')": (1, "what went wrong\n"),
+    "argparse.ArgumentParser(prog='x').parse_args(['--y'])": (
+        2,
+        "usage: x [-h]\nx: error: unrecognized arguments: --y\n",
+    ),
+    "argparse.ArgumentParser(prog='x').parse_args(['--help'])": (0, ""),
+}
+
+
+def run(code: str, tmp_path, **environment):
+    """Run a script whose main has this code; return it and what EXIT_CODE_FILE then says."""
+    script = f"import argparse, sys\nfrom exit_codes import *\ndef main():\n    {code}\nrun(main)\n"
+    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "EXIT_CODE_FILE")}
+    file = tmp_path / "code"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=inherited | {"PYTHONPATH": str(SCRIPTS), "EXIT_CODE_FILE": str(file)} | environment,
+        capture_output=True,
+        text=True,
+    )
+    return done, file.read_text() if file.exists() else None
+
+
+@pytest.mark.parametrize("code", CASES)
+def test_codes_and_complaints(tmp_path, code):
+    done, written = run(code, tmp_path)
+    assert (done.returncode, done.stderr) == CASES[code]
+    assert written == f"{done.returncode}\n"
+
+
+def test_a_bug_is_1_with_its_traceback(tmp_path):
+    done, written = run("return {}['key']", tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback")
+    assert done.stderr.endswith("KeyError: 'key'\n")
+    assert written == "1\n"
+
+
+@pytest.mark.parametrize(("rank", "printed"), [("0", True), ("1", False), ("11", False)])
+def test_only_the_first_process_complains(tmp_path, rank, printed):
+    done, written = run("raise UserError('a', 'b', 'c')", tmp_path, RANK=rank)
+    assert done.stderr == ("error: a: b; c\n" if printed else "")
+    assert done.returncode == 2
+    assert written == "2\n"
+
+
+def test_no_file_is_written_where_none_is_asked_for(tmp_path):
+    done, written = run("raise UserError('a', 'b', 'c')", tmp_path, EXIT_CODE_FILE="")
+    assert (done.returncode, written) == (2, None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_codes_are_those_that_the_launchers_and_slurm_know():
+    codes = exit_codes.DONE, exit_codes.BUG, exit_codes.USER_ERROR, exit_codes.STOPPED
+    assert codes == (0, 1, 2, os.EX_TEMPFAIL)

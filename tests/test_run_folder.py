@@ -1,0 +1,407 @@
+"""run_folder.py: what a folder must hold, and the record that a run leaves.
+
+python -m pytest tests/test_run_folder.py
+"""
+
+import argparse
+import copy
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from exit_codes import UserError
+from run_folder import (
+    RUN_CONFIG,
+    SAMPLED_BYTES,
+    check_model_folder,
+    check_output_dir,
+    check_tracker,
+    file_sha256,
+    find_checkpoint,
+    model_card,
+    model_fingerprint,
+    read_run_config,
+    resolve_model_folder,
+    versions,
+    write_json,
+    write_run,
+)
+
+RECORD = {
+    "kind": "adapter",
+    "arguments": {
+        "output_dir": "run",
+        "lora_r": 4,
+        "learning_rate": 0.01,
+        "per_device_train_batch_size": 4,
+        "train_file": "train.csv",
+    },
+    "base_model": "model",
+    "base_fingerprint": "0123456789abcdef",
+    "prompt": {"template": "{article}", "ids_sha256": "a"},
+    "data": {"train": {"path": "train.csv", "rows": 8, "sha256": "b", "has_ids": True}},
+    "articles_per_update": 8,
+    "versions": {},
+    "commit": None,
+}
+
+
+def refusal(check, *arguments) -> str:
+    with pytest.raises(UserError) as error:
+        check(*arguments)
+    return str(error.value)
+
+
+# ---------------------------------------------------------------------- folders
+
+
+@pytest.fixture
+def small_model(tmp_path):
+    folder = tmp_path / "a model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"x" * 1000)
+    return folder
+
+
+def test_a_model_folder_and_a_hub_id_pass(small_model):
+    check_model_folder(str(small_model))
+    check_model_folder("meta-llama/Llama-2-7b-chat-hf")
+
+
+@pytest.mark.parametrize("name", ["none", "./none/model", "/none", "a/b/c", "~/model", "owner/b/"])
+def test_complaint_about_a_model_that_is_not_there(name):
+    complaint = f"{name}: there is no such model folder; check the path"
+    assert refusal(check_model_folder, name) == complaint
+
+
+def test_complaints_about_a_model_folder(tmp_path, small_model):
+    folder = str(tmp_path)
+    no_config = f"{folder}: no config.json in this folder; give the folder of a model"
+    assert refusal(check_model_folder, folder) == no_config
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    assert refusal(check_model_folder, folder) == (
+        f"{folder}: no *.safetensors weights in this folder; convert the model to safetensors "
+        "(pickled weights are never loaded)"
+    )
+    file = str(small_model / "config.json")
+    assert refusal(check_model_folder, file) == (
+        f"{file}: no config.json in this folder; give the folder of a model"
+    )
+
+
+def test_a_model_that_the_hub_does_not_give_is_refused(small_model):
+    assert resolve_model_folder(str(small_model)) == small_model
+    complaint = refusal(resolve_model_folder, "owner/no-such-model")
+    assert complaint.startswith(
+        "owner/no-such-model: neither a folder here nor a model to be had from the Hub ("
+    )
+    assert complaint.endswith(
+        "); check the name and your access, or download it and give the folder"
+    )
+    assert "\n" not in complaint
+
+
+def test_an_output_dir_is_new_or_empty_or_holds_only_what_is_its_own(tmp_path):
+    check_output_dir(str(tmp_path / "a/b/c"))
+    check_output_dir(str(tmp_path))
+    (tmp_path / "own").touch()
+    check_output_dir(str(tmp_path), ("own", "other"))
+    assert [file.name for file in tmp_path.iterdir()] == ["own"]
+
+
+def test_complaints_about_an_output_dir(tmp_path, monkeypatch):
+    for name in ("b", "a"):
+        (tmp_path / name).touch()
+    folder, file = str(tmp_path), str(tmp_path / "a")
+    for own in ((), ("b",)):
+        assert refusal(check_output_dir, folder, own) == (
+            f"{folder}: the folder is not empty (it holds a); remove it or give another "
+            "--output_dir"
+        )
+    assert refusal(check_output_dir, file) == (
+        f"{file}: this is a file, not a folder; give another --output_dir"
+    )
+    for below in ("x", "x/y"):
+        assert refusal(check_output_dir, f"{file}/{below}") == (
+            f"{file}/{below}: {file} cannot be written; give another --output_dir"
+        )
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    assert refusal(check_output_dir, f"{folder}/x/y") == (
+        f"{folder}/x/y: {folder} cannot be written; give another --output_dir"
+    )
+
+
+def test_complaint_about_a_tracker_that_is_not_installed():
+    check_tracker("none")
+    check_tracker("json")  # any module that is there
+    assert refusal(check_tracker, "no_such_tracker") == (
+        "--report_to no_such_tracker: it is not installed; run: pip install no_such_tracker"
+    )
+
+
+# ---------------------------------------------------------------------- records
+
+
+def test_a_record_comes_back_as_it_was_written(tmp_path):
+    record = RECORD | {"prompt": {"template": "« é » 👩 {article}\n"}}
+    write_json(tmp_path / RUN_CONFIG, record)
+    assert read_run_config(str(tmp_path)) == record
+    assert "« é » 👩" in (tmp_path / RUN_CONFIG).read_text(encoding="utf-8")
+
+
+def test_complaints_about_a_record(tmp_path):
+    folder, file = str(tmp_path), tmp_path / RUN_CONFIG
+    assert refusal(read_run_config, folder) == (
+        f"{folder}: no run_config.json in it; give the output folder of train.py"
+    )
+    file.write_text('{"kind": ')
+    assert refusal(read_run_config, folder) == (
+        f"{file}: not valid JSON (Expecting value: line 1 column 10 (char 9)); restore the file"
+    )
+    file.write_bytes(b'{"kind": "\xe9"}')
+    assert refusal(read_run_config, folder).startswith(f"{file}: not valid JSON ('utf-8' codec ")
+    for other in ("[]", '"kind arguments prompt"', "{}", '{"kind": "adapter", "arguments": {}}'):
+        file.write_text(other)
+        assert refusal(read_run_config, folder) == (
+            f"{file}: not the record of a run; give a folder that train.py or merge.py made"
+        )
+
+
+def test_json_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    file = tmp_path / "a.json"
+    write_json(file, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(file, {"a": 2, "b": object()})
+    seen = []
+    replace = os.replace
+
+    def watched(source, target):
+        seen.append((json.loads(Path(source).read_text()), json.loads(Path(target).read_text())))
+        raise OSError("the machine stops here")
+
+    monkeypatch.setattr(os, "replace", watched)
+    with pytest.raises(OSError, match="stops here"):
+        write_json(file, {"a": 3})
+    assert seen == [({"a": 3}, {"a": 1})]  # whole under another name, and only then renamed
+    assert json.loads(file.read_text()) == {"a": 1}
+    monkeypatch.setattr(os, "replace", replace)
+    write_json(file, {"a": 4})
+    assert [(p.name, json.loads(p.read_text())) for p in tmp_path.iterdir()] == [
+        ("a.json", {"a": 4})
+    ]
+
+
+def test_versions_name_what_decides():
+    assert versions().keys() >= {"python", "torch", "transformers", "tokenizers", "bitsandbytes"}
+
+
+def test_metrics_beyond_the_checkpoint_are_dropped_and_half_a_line_too(tmp_path):
+    class Tokenizer:
+        def save_pretrained(self, folder):
+            (folder / "tokenizer.json").touch()
+
+    lines = [json.dumps({"step": step}) + "\n" for step in (1, 2, 3, 4)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"step": 1')
+    write_run(tmp_path, RECORD, Tokenizer(), 2)
+    assert (tmp_path / "metrics.jsonl").read_text() == "".join(lines[:2])
+    assert {p.name for p in tmp_path.iterdir()} == {RUN_CONFIG, "metrics.jsonl", "tokenizer.json"}
+    write_run(tmp_path, RECORD, Tokenizer(), 0)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_the_card_tells_the_run():
+    names = ("lora_alpha", "lora_dropout", "warmup_ratio", "max_grad_norm")
+    names += ("num_train_epochs", "max_length", "seed")
+    record = copy.deepcopy(RECORD) | {"adapter_step": 17}
+    record["arguments"] |= {name: f"value of {name}" for name in names}
+    card = model_card(record)
+    assert card.startswith("---\nbase_model: model\nlanguage: fr\nlibrary_name: peft\n")
+    for text in ("0123456789abcdef", "```\n{article}\n```", "- train: 8 rows", "After update 17;"):
+        assert text in card
+    for name in names:
+        assert f"| {name} | value of {name} |" in card
+    assert "library_name: transformers" in model_card(record | {"kind": "merged"})
+
+
+# ---------------------------------------------------------------------- fingerprints
+
+
+@pytest.fixture
+def big_model(tmp_path):
+    """A folder with two weight files, of more than the two megabytes that are read of each."""
+    (tmp_path / "config.json").write_text('{"hidden_size": 1}')
+    for number in (1, 2):
+        data = bytes([number]) * (3 * SAMPLED_BYTES)
+        (tmp_path / f"model-{number}.safetensors").write_bytes(data)
+    return tmp_path
+
+
+def change_byte(file: Path, position: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[position] ^= 0xFF
+    file.write_bytes(data)
+
+
+def test_the_fingerprint_is_the_same_for_a_copy(big_model, tmp_path_factory):
+    before = model_fingerprint(big_model)
+    assert before == model_fingerprint(big_model)
+    assert len(before) == 16
+    copied = tmp_path_factory.mktemp("copies") / "copy"
+    shutil.copytree(big_model, copied)
+    (copied / "README.md").write_text("other files do not matter")
+    assert model_fingerprint(copied) == before
+
+
+@pytest.mark.parametrize("file", ["model-1.safetensors", "model-2.safetensors"])
+@pytest.mark.parametrize("position", [0, SAMPLED_BYTES - 1, -SAMPLED_BYTES, -1])
+def test_the_fingerprint_changes_with_a_byte_in_the_first_or_last_megabyte(
+    big_model, file, position
+):
+    before = model_fingerprint(big_model)
+    change_byte(big_model / file, position)
+    assert model_fingerprint(big_model) != before
+    change_byte(big_model / file, position)
+    assert model_fingerprint(big_model) == before
+
+
+@pytest.mark.parametrize("position", [0, 100, 500, -1])
+def test_the_fingerprint_covers_all_of_a_small_file(small_model, position):
+    before = model_fingerprint(small_model)
+    change_byte(small_model / "model.safetensors", position)
+    assert model_fingerprint(small_model) != before
+
+
+def test_the_fingerprint_changes_with_config_size_and_names(big_model):
+    found = [model_fingerprint(big_model)]
+    (big_model / "config.json").write_text('{"hidden_size": 2}')
+    found.append(model_fingerprint(big_model))
+    file = big_model / "model-2.safetensors"
+    file.write_bytes(file.read_bytes() + b"\2")  # the megabytes that are read are the same
+    found.append(model_fingerprint(big_model))
+    file.rename(big_model / "model-3.safetensors")
+    found.append(model_fingerprint(big_model))
+    (big_model / "model-1.safetensors").unlink()
+    found.append(model_fingerprint(big_model))
+    assert len(set(found)) == 5
+
+
+def test_the_hash_of_a_file_is_of_all_of_it(big_model):
+    file = big_model / "model-1.safetensors"
+    before = file_sha256(file)
+    change_byte(file, 3 * SAMPLED_BYTES // 2)
+    assert file_sha256(file) != before
+    assert len(before) == 64
+
+
+# ---------------------------------------------------------------------- resuming
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    folder = tmp_path / "run"
+    for name in ("step-000002", "step-000010", "step-000003", "step-000011.tmp"):
+        (folder / "checkpoints" / name).mkdir(parents=True)
+    write_json(folder / RUN_CONFIG, RECORD)
+    return folder
+
+
+def find(run_dir, which, record=RECORD):
+    return find_checkpoint(
+        argparse.Namespace(output_dir=str(run_dir), resume_from_checkpoint=which), record
+    )
+
+
+def test_the_checkpoint_asked_for_is_found(run_dir, capsys, monkeypatch):
+    folder = run_dir / "checkpoints"
+    assert find(run_dir, None) is None
+    assert capsys.readouterr().out == ""
+    assert find(run_dir, "latest") == folder / "step-000010"
+    assert capsys.readouterr().out == f"NOTE: resuming from {folder / 'step-000010'}\n"
+    assert find(run_dir, str(folder / "step-000002")) == folder / "step-000002"
+    monkeypatch.chdir(run_dir)
+    assert find(run_dir, "checkpoints/step-000002") == Path("checkpoints/step-000002")
+
+
+def test_latest_begins_at_the_start_where_there_is_nothing_yet(run_dir, tmp_path, capsys):
+    shutil.rmtree(run_dir / "checkpoints")
+    assert find(run_dir, "latest") is None
+    assert capsys.readouterr().out == (
+        "NOTE: resuming from the start, for there is no checkpoint yet\n"
+    )
+    killed_early = tmp_path / "killed"
+    killed_early.mkdir()
+    (killed_early / f"{RUN_CONFIG}.tmp").touch()
+    for folder in (tmp_path / "new", killed_early):
+        assert find(folder, "latest") is None
+        assert capsys.readouterr().out == f"NOTE: no run in {folder} to resume yet; starting one\n"
+
+
+def test_latest_does_not_begin_in_a_folder_of_something_else(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    assert refusal(find, tmp_path, "latest") == (
+        f"{tmp_path}: the folder is not empty (it holds thesis.tex); remove it or give another "
+        "--output_dir"
+    )
+
+
+def test_complaints_about_a_checkpoint(run_dir, tmp_path):
+    folder = run_dir / "checkpoints"
+    elsewhere = tmp_path / "step-000002"
+    elsewhere.mkdir()
+    for which in (folder / "step-000009", elsewhere, folder, run_dir):
+        assert refusal(find, run_dir, str(which)) == (
+            f"{which}: no checkpoint of this run; give one of {folder}"
+        )
+    which = str(folder / "step-000002")
+    assert (
+        refusal(find, tmp_path / "new", which) == f"{which}: no run in {tmp_path / 'new'}; omit it"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"arguments": {"lora_r": 8}}, "lora_r 4, now 8"),
+        ({"arguments": {"new_option": 1}}, "new_option None, now 1"),
+        ({"base_fingerprint": "f"}, "base_fingerprint '0123456789abcdef', now 'f'"),
+        ({"articles_per_update": 16}, "articles_per_update 8, now 16"),
+        (
+            {"prompt": {"template": "x {article}"}},
+            "prompt {'template': '{article}', 'ids_sha256': 'a'}, now {'template': 'x {article}', "
+            "'ids_sha256': 'a'}",
+        ),
+        (
+            {"data": {"train": {"path": "train.csv", "sha256": "c"}}},
+            "data {'train': 'b'}, now {'train': 'c'}",
+        ),
+    ],
+)
+def test_a_run_with_other_settings_is_not_resumed(run_dir, change, difference):
+    record = copy.deepcopy(RECORD)
+    for key, value in change.items():
+        record[key] = record[key] | value if isinstance(value, dict) else value
+    for which in ("latest", str(run_dir / "checkpoints/step-000002")):
+        with pytest.raises(UserError) as error:
+            find(run_dir, which, record)
+        assert str(error.value) == (
+            f"{run_dir}: this run was made with other settings ({difference}); give the same ones, "
+            "or another --output_dir"
+        )
+
+
+def test_all_differences_are_told_and_what_changes_no_result_is_free(run_dir):
+    record = copy.deepcopy(RECORD)
+    record["base_model"], record["commit"] = "elsewhere/model", "f00"
+    record["arguments"] |= {"per_device_train_batch_size": 8, "train_file": "/data/train.csv"}
+    record["arguments"] |= {"output_dir": "other", "gradient_accumulation_steps": 1}
+    record["data"]["train"]["path"] = "/data/train.csv"
+    assert find(run_dir, "latest", record) == run_dir / "checkpoints/step-000010"
+    record["arguments"] |= {"lora_r": 8, "learning_rate": 0.02}
+    assert "(lora_r 4, now 8; learning_rate 0.01, now 0.02)" in refusal(
+        find, run_dir, "latest", record
+    )
