@@ -16,32 +16,43 @@
 
 # --- Settings: edit here, or set them in the environment ---
 set -euo pipefail
-cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")}"  # sbatch runs a copy that lies elsewhere
-DEMO="${DEMO:-demo}"                          # the demo's folder
+cd "$(dirname "${BASH_SOURCE[0]}")"
+[ -f scripts/train.py ] || cd "$SLURM_SUBMIT_DIR"  # sbatch runs a copy that lies elsewhere
 ACCELERATE_CONFIG="${ACCELERATE_CONFIG:-accelerate_configs/cpu.yaml}"  # the machine
+DEMO="${DEMO:-demo}"                          # folder of the demo
 MODEL="${MODEL:-$DEMO/model}"                 # the base of the run
 PROMPT_FILE="${PROMPT_FILE:-prompts/fr.txt}"  # for the base without fine-tuning
-RUN_DIR="${RUN_DIR:-runs/demo}"               # what run_train.sh wrote
-INPUT_FILE="${INPUT_FILE:-$DEMO/test.csv}"    # articles
-REFERENCES="${REFERENCES-$DEMO/test_titles.csv}"  # their true titles; empty: no scores
-OUTPUT_DIR="${OUTPUT_DIR:-predictions/demo}"  # where titles, merged model and scores go
+RUN_DIR="${RUN_DIR:-}"                        # what run_train.sh wrote
+INPUT_FILE="${INPUT_FILE:-}"                  # articles
+REFERENCES="${REFERENCES:-}"                  # their true titles; empty: no scores
+OUTPUT_DIR="${OUTPUT_DIR:-}"                  # where titles, merged model and scores go
+export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-0}"  # 1 on nodes without a network
+
+if [ "$MODEL" = "$DEMO/model" ]; then  # lengths as in its training, for the base too
+  INPUT_FILE="$DEMO/test.csv" REFERENCES="$DEMO/test_titles.csv"
+  RUN_DIR="${RUN_DIR:-runs/demo}" OUTPUT_DIR="${OUTPUT_DIR:-predictions/demo}"
+  set -- --max_length 256 --max_new_tokens 48 "$@"
+fi
+for name in RUN_DIR INPUT_FILE OUTPUT_DIR; do
+  [ -n "${!name}" ] || { echo "error: $name: not set; give it beside MODEL" >&2; exit 2; }
+done
 
 # --- Environment: an active one, else .venv; SETUP=0 leaves it alone ---
 source scripts/setup.sh requirements.txt
 
 # --- Infer, merge, infer merged, score ---
-export EXIT_CODE_FILE="$(mktemp)"  # accelerate answers 1 to whatever the script answered
+EXIT_CODE_FILE="$(mktemp)" && export EXIT_CODE_FILE  # accelerate answers 1 to whatever went wrong
+trap 'rm -f "$EXIT_CODE_FILE"' EXIT
 infer() {  # infer NAME OPTIONS...: titles in $OUTPUT_DIR/NAME.csv
   ARGS=(--input_file "$INPUT_FILE" --output_file "$OUTPUT_DIR/$1.csv" "${@:2}")
+  : > "$EXIT_CODE_FILE"
   accelerate launch --quiet --config_file "$ACCELERATE_CONFIG" scripts/infer.py "${ARGS[@]}" \
-    || exit "$(grep . "$EXIT_CODE_FILE" || echo 1)"
+    || exit "$(grep -vx 0 "$EXIT_CODE_FILE" || echo 1)"
 }
 mkdir -p "$OUTPUT_DIR"
 infer untuned --model_name_or_path "$MODEL" --prompt_file "$PROMPT_FILE" "$@"
 infer adapter --run_dir "$RUN_DIR" "$@"
-[ -d "$OUTPUT_DIR/merged" ] || python scripts/merge.py --run_dir "$RUN_DIR" --output_dir "$OUTPUT_DIR/merged"
+python scripts/merge.py --run_dir "$RUN_DIR" --output_dir "$OUTPUT_DIR/merged"
 infer merged --run_dir "$OUTPUT_DIR/merged" "$@"
-if [ -n "$REFERENCES" ]; then
-  python scripts/score.py --references "$REFERENCES" --output_dir "$OUTPUT_DIR" \
-    --predictions "$OUTPUT_DIR"/{untuned,adapter,merged}.csv
-fi
+[ -z "$REFERENCES" ] || python scripts/score.py --references "$REFERENCES" \
+  --predictions "$OUTPUT_DIR"/{untuned,adapter,merged}.csv --output_dir "$OUTPUT_DIR"

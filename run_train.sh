@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fine-tune with QLoRA: scripts/train.py on one machine, the demo unless told otherwise.
 #
-#   bash run_train.sh                        the demo: no GPU, no account, about 2 minutes on 2 cores
+#   bash run_train.sh                        the demo: no GPU, no account, minutes on 2 cores
 #   MODEL=... TRAIN_FILE=... bash run_train.sh --num_train_epochs 1     (more options: --help)
 #   sbatch run_train.sh                      the same under SLURM; edit the lines below first
 
@@ -15,26 +15,35 @@
 
 # --- Settings: edit here, or set them in the environment ---
 set -euo pipefail
-cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")}"  # sbatch runs a copy that lies elsewhere
-DEMO="${DEMO:-demo}"                          # the demo's folder, made if it is used
+cd "$(dirname "${BASH_SOURCE[0]}")"
+[ -f scripts/train.py ] || cd "$SLURM_SUBMIT_DIR"  # sbatch runs a copy that lies elsewhere
 ACCELERATE_CONFIG="${ACCELERATE_CONFIG:-accelerate_configs/cpu.yaml}"  # the machine
-MODEL="${MODEL:-$DEMO/model}"                 # folder or Hub id: meta-llama/Llama-2-7b-chat-hf
-TRAIN_FILE="${TRAIN_FILE:-$DEMO/train.csv}"
-VALIDATION_FILE="${VALIDATION_FILE:-$DEMO/validation.csv}"
+DEMO="${DEMO:-demo}"                      # folder of the demo
+MODEL="${MODEL:-$DEMO/model}"             # folder or Hub id: meta-llama/Llama-2-7b-chat-hf
+TRAIN_FILE="${TRAIN_FILE:-}"              # articles with their titles
+VALIDATION_FILE="${VALIDATION_FILE:-}"    # the same; empty: nothing is evaluated
 PROMPT_FILE="${PROMPT_FILE:-prompts/fr.txt}"
-RUN_DIR="${RUN_DIR:-runs/demo}"               # where the run goes
+RUN_DIR="${RUN_DIR:-}"                    # where the run goes
+export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-0}"  # 1 on nodes without a network
+
+if [ "$MODEL" = "$DEMO/model" ]; then  # a small model learns faster, and has memory to spare
+  TRAIN_FILE="$DEMO/train.csv" VALIDATION_FILE="$DEMO/validation.csv"
+  RUN_DIR="${RUN_DIR:-runs/demo}"
+  set -- --learning_rate 2e-3 --per_device_train_batch_size 16 --gradient_accumulation_steps 1 \
+    --no-activation_checkpointing --max_length 256 --max_title_tokens 48 "$@"
+fi
+for name in TRAIN_FILE RUN_DIR; do
+  [ -n "${!name}" ] || { echo "error: $name: not set; give it beside MODEL" >&2; exit 2; }
+done
 
 # --- Environment: an active one, else .venv; SETUP=0 leaves it alone ---
 source scripts/setup.sh requirements.txt
 
 # --- Train ---
+[ "$MODEL" != "$DEMO/model" ] || python scripts/make_demo.py --output_dir "$DEMO"
 ARGS=(--model_name_or_path "$MODEL" --train_file "$TRAIN_FILE" --prompt_file "$PROMPT_FILE"
-  --validation_file "$VALIDATION_FILE" --output_dir "$RUN_DIR")
-if [ "$MODEL" = "$DEMO/model" ]; then  # a small model learns faster, and has memory to spare
-  python scripts/make_demo.py --output_dir "$DEMO"
-  ARGS+=(--learning_rate 2e-3 --per_device_train_batch_size 16 --gradient_accumulation_steps 1
-    --no-activation_checkpointing --max_length 256 --max_title_tokens 48)
-fi
-export EXIT_CODE_FILE="$(mktemp)"  # accelerate answers 1 to whatever the script answered
+  ${VALIDATION_FILE:+--validation_file "$VALIDATION_FILE"} --output_dir "$RUN_DIR")
+EXIT_CODE_FILE="$(mktemp)" && export EXIT_CODE_FILE  # accelerate answers 1 to whatever went wrong
+trap 'rm -f "$EXIT_CODE_FILE"' EXIT
 accelerate launch --quiet --config_file "$ACCELERATE_CONFIG" scripts/train.py "${ARGS[@]}" "$@" \
-  || exit "$(grep . "$EXIT_CODE_FILE" || echo 1)"
+  || exit "$(grep -vx 0 "$EXIT_CODE_FILE" || echo 1)"

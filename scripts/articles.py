@@ -84,6 +84,8 @@ def check_articles(
         rows += 1
     if rows == 0:
         raise UserError(path, "the file has no rows", "give a file with at least one article")
+    if columns.id not in (None, "ID") and not ids:  # asked for by name, so a slip in it is one
+        raise UserError(path, f"no column '{columns.id}'", "correct the name of the ID column")
     return Checked(path, rows, digest.hexdigest(), bool(ids))
 
 

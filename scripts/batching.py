@@ -4,6 +4,7 @@ Nothing here keeps state: the order is a function of seed and epoch, so a resume
 another number of processes, sees the same articles in the same update.
 """
 
+import functools
 import math
 
 import torch
@@ -13,6 +14,7 @@ from prompting import Example
 IGNORED = -100  # cross_entropy's ignore_index
 
 
+@functools.lru_cache(maxsize=2)  # asked for at every update
 def epoch_order(num_articles: int, seed: int, epoch: int) -> torch.Tensor:
     """Return the order of all rows in one epoch, int64 of shape [num_articles]."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
@@ -27,9 +29,9 @@ def dropout_seed(seed: int, step: int, rank: int) -> int:
 def deal(examples: list[Example], micro_batch_size: int, rank: int = 0, world_size: int = 1):
     """Return this process's micro-batches of one update, as many on every process.
 
-    Articles of similar length go together, which saves padding and changes nothing else: the
-    gradient of an update does not depend on how it is split. A process that would have a
-    micro-batch less gets one that carries no loss.
+    Articles of similar length go together, which saves padding. The gradient of an update does
+    not depend on how it is split, but for dropout, whose masks go with the micro-batches. A
+    process that would have a micro-batch less gets one that carries no loss.
     """
     by_length = sorted(examples, key=lambda example: len(example.ids), reverse=True)
     rounds = math.ceil(len(by_length) / (micro_batch_size * world_size))

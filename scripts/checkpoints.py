@@ -9,6 +9,7 @@ import os
 import shutil
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from exit_codes import UserError
@@ -25,8 +26,6 @@ def save_checkpoint(folder: Path, model, optimizer, state: dict) -> Path:
     the process, a folder named step-* is whole.
     """
     final = folder / _name(state["completed_steps"])
-    if final.exists():
-        shutil.rmtree(final)
     temporary = folder / f"{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -37,8 +36,13 @@ def save_checkpoint(folder: Path, model, optimizer, state: dict) -> Path:
     (temporary / STATE).write_text(content + "\n", encoding="utf-8")
     for path in (*temporary.iterdir(), temporary):
         _flush(path)
+    replaced = folder / f"{final.name}.old.tmp"
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():  # after going back to an earlier checkpoint
+        os.rename(final, replaced)
     os.rename(temporary, final)
     _flush(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
     return final
 
 
@@ -51,11 +55,13 @@ def load_checkpoint(checkpoint: Path, model, optimizer) -> dict:
     try:
         state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
         tensors = load_file(checkpoint / OPTIMIZER)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(checkpoint, f"unusable checkpoint ({error})", "give another one") from None
     load_adapter_weights(model, checkpoint / ADAPTER_WEIGHTS)
     numbers = state.pop("optimizer")
     for name, parameter in _trainable(model):
+        if name not in numbers:  # nothing has been stepped yet
+            continue
         moments = {k: tensors[f"{name}.{k}"] for k in ("state1", "state2")}
         for key, moment in moments.items():
             # A buffer of the optimizer's own making is paged where the first one was.
@@ -70,7 +76,7 @@ def rotate_checkpoints(folder: Path, best_step: int | None, save_total_limit: in
     """Remove all but the newest `save_total_limit` checkpoints and the best one."""
     steps = sorted(p for p in folder.glob("step-*") if p.suffix != ".tmp")
     for old in steps[: -save_total_limit if save_total_limit else 0]:
-        if old.name != _name(best_step):
+        if best_step is None or old.name != _name(best_step):
             shutil.rmtree(old)
 
 
@@ -86,8 +92,8 @@ def save_adapter(model, state: dict, output_dir: Path) -> None:
     (output_dir / "README.md").write_text(model_card(run_config), encoding="utf-8")
 
 
-def _name(step: int | None) -> str:
-    return f"step-{step or 0:06d}"
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
 
 
 def _trainable(model):
@@ -99,6 +105,8 @@ def _optimizer_state(model, optimizer) -> tuple[dict, dict]:
     tensors, numbers = {}, {}
     for name, parameter in _trainable(model):
         state = optimizer.state[parameter]
+        if not state:  # every update so far was skipped
+            continue
         numbers[name] = state["step"]
         tensors |= {f"{name}.{key}": state[key] for key in ("state1", "state2")}
     return tensors, numbers

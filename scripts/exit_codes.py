@@ -7,7 +7,7 @@ from pathlib import Path
 DONE = 0
 BUG = 1  # what Python itself returns after a traceback
 USER_ERROR = 2  # the user must change something; nothing was written
-STOPPED = 75  # a complete checkpoint was written: run the same command again (EX_TEMPFAIL)
+STOPPED = 75  # reserved: stopped with a complete checkpoint, to be run again (EX_TEMPFAIL)
 
 
 class UserError(Exception):
@@ -15,6 +15,12 @@ class UserError(Exception):
 
     def __init__(self, where, problem: str, advice: str):
         super().__init__(f"{where}: {problem}; {advice}")
+
+
+def note(text: str) -> None:
+    """Print what the user may want to know but need not act on; once, whatever the processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"NOTE: {text}", flush=True)
 
 
 def run(main) -> None:

@@ -9,6 +9,7 @@
 
 import argparse
 import csv
+import glob
 import json
 import logging
 import os
@@ -17,8 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from articles import Columns, check_articles, open_articles
-from exit_codes import UserError, run
-from prompting import Prompt, prompt_of_run, read_template
+from exit_codes import UserError, note, run
+from prompting import PROMPTS, Prompt, end_ids, prompt_of_run, read_template
 from run_folder import (
     ADAPTER_WEIGHTS,
     RUN_CONFIG,
@@ -32,7 +33,6 @@ from run_folder import (
     versions,
 )
 
-PROMPTS = Path(__file__).resolve().parent.parent / "prompts"
 WINDOW = 2048  # articles that are sorted by length together; bounds what is kept in memory
 
 
@@ -94,7 +94,7 @@ def main(argv=None):
     if source["base_fingerprint"] not in (None, fingerprint):
         raise UserError(
             source["model"],
-            f"this is not the base that {args.run_dir} was trained on",
+            f"this is not the base that {source['run_dir']} was trained on",
             "give that one with --model_name_or_path",
         )
     settings = prompt_settings(args, template, source["prompt"])
@@ -102,6 +102,7 @@ def main(argv=None):
         "model": source["model"],
         "model_fingerprint": fingerprint,
         "base_weights": source["weights"],
+        "precision": source["precision"],
         "adapter": source["adapter"],
         "adapter_sha256": source["adapter"]
         and file_sha256(Path(source["adapter"], ADAPTER_WEIGHTS)),
@@ -127,12 +128,13 @@ def main(argv=None):
 
     # ------------------------------------------------------------------ model
     nf4 = source["weights"] == "nf4"
-    dtype = torch.float32 if source["weights"] == "fp32" else torch.bfloat16
+    dtype = torch.bfloat16 if source["precision"] == "bf16" else torch.float32
     # The 4-bit model ran under autocast in training; a merged one should do as it would elsewhere.
-    accelerator = Accelerator(mixed_precision="bf16" if nf4 else "no")
-    tokenizer = load_tokenizer(args.run_dir or str(base_folder))
+    autocast = nf4 and dtype == torch.bfloat16
+    accelerator = Accelerator(mixed_precision="bf16" if autocast else "no")
+    tokenizer = load_tokenizer(source["run_dir"] or str(base_folder))
     if "ids_sha256" in settings:
-        prompt = prompt_of_run(tokenizer, settings, args.run_dir)
+        prompt = prompt_of_run(tokenizer, settings, source["run_dir"])
     else:
         prompt = Prompt(tokenizer, **settings)
     model = load_base(str(base_folder), accelerator.device, dtype, nf4)
@@ -142,11 +144,12 @@ def main(argv=None):
     # ------------------------------------------------------------------ write titles
     articles = open_articles(args.input_file, columns, "test")
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    done = read_parts(output_file, record)
+    with accelerator.main_process_first():  # which cuts off a torn last line
+        done = read_parts(output_file, record)
     accelerator.wait_for_everyone()  # all have read the parts before one of them grows
     rows = [i for i in range(len(articles)) if i not in done][rank::world_size]
     if done:
-        accelerator.print(f"NOTE: going on after {len(done):,} titles of an earlier run")
+        note(f"going on after {len(done):,} titles of an earlier run")
     progress_bar = tqdm(total=len(rows), unit="article")
     with open(part_file(output_file, rank), "a", encoding="utf-8") as part:
         if part.tell() == 0:
@@ -190,9 +193,7 @@ def generate_titles(
     prompts = [prompt.encode(article).ids for article in articles]
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    eos = {prompt.tokenizer.eos_token_id}
-    if (own := base.generation_config.eos_token_id) is not None:
-        eos |= set(own) if isinstance(own, list) else {own}  # the ends of turns of a chat model
+    eos = end_ids(prompt.tokenizer, base.generation_config)
     # From scratch: repositories ship sampling, and penalties that count the article's own words.
     # It replaces the model's, from which `generate` would fill whatever is left open.
     base.generation_config = config = GenerationConfig(
@@ -239,36 +240,44 @@ def find_model(args) -> dict:
     Raises:
         UserError: a folder that is neither a run nor a model.
     """
-    if not args.run_dir and Path(args.model_name_or_path, RUN_CONFIG).is_file():
-        args.run_dir, args.model_name_or_path = args.model_name_or_path, None
-    if not args.run_dir:
-        check_model_folder(args.model_name_or_path)
+    run_dir, model_name = args.run_dir, args.model_name_or_path
+    if not run_dir and Path(model_name, RUN_CONFIG).is_file():  # a merged folder, given as a model
+        run_dir, model_name = model_name, None
+    if not run_dir:
+        check_model_folder(model_name)
+        weights = args.base_weights or "nf4"
         return {
-            "model": args.model_name_or_path,
+            "run_dir": None,
+            "model": model_name,
             "adapter": None,
-            "weights": args.base_weights or "nf4",
+            "weights": weights,
+            "precision": "fp32" if weights == "fp32" else "bf16",
             "prompt": None,
             "base_fingerprint": None,
         }
-    run_config = read_run_config(args.run_dir)
+    run_config = read_run_config(run_dir)
     merged = run_config["kind"] == "merged"
-    model = args.run_dir if merged else run_config["base_model"]
-    if args.model_name_or_path not in (None, model):
+    model = run_dir if merged else run_config["base_model"]
+    if model_name not in (None, model):
         if merged:
             raise UserError(
                 "--model_name_or_path",
-                f"{args.run_dir} is a merged model, which has no base",
+                f"{run_dir} is a merged model, which has no base",
                 "leave the option out",
             )
-        note_override("--model_name_or_path", args.model_name_or_path, model)
-        model = args.model_name_or_path
+        note_override("--model_name_or_path", model_name, model)
+        model = model_name
     check_model_folder(model)
-    if not merged and not Path(args.run_dir, ADAPTER_WEIGHTS).is_file():
-        raise UserError(args.run_dir, f"no {ADAPTER_WEIGHTS} in it", "let training finish first")
+    if not merged and not Path(run_dir, ADAPTER_WEIGHTS).is_file():
+        raise UserError(run_dir, f"no {ADAPTER_WEIGHTS} in it", "let training finish first")
+    precision = "bf16" if run_config["arguments"]["mixed_precision"] == "bf16" else "fp32"
+    weights = args.base_weights or (precision if merged else "nf4")
     return {
+        "run_dir": run_dir,
         "model": model,
-        "adapter": None if merged else args.run_dir,
-        "weights": args.base_weights or ("bf16" if merged else "nf4"),
+        "adapter": None if merged else run_dir,
+        "weights": weights,
+        "precision": precision if weights == "nf4" else weights,
         "prompt": run_config["prompt"],
         "base_fingerprint": None if merged else run_config["base_fingerprint"],
     }
@@ -305,10 +314,10 @@ def is_complete(output_file: Path, record: dict) -> bool:
     details = output_file.with_suffix(".jsonl")
     if not output_file.exists() and not details.exists():
         return False
-    if output_file.exists() and details.exists():
+    if details.exists():
         with details.open(encoding="utf-8") as stream:
             if same_settings(stream.readline(), record):
-                return True
+                return output_file.exists()  # not if it was stopped between the two
     raise UserError(
         output_file, "there are predictions of other settings already", "remove or rename them"
     )
@@ -317,17 +326,27 @@ def is_complete(output_file: Path, record: dict) -> bool:
 def same_settings(line: str, record: dict) -> bool:
     """Return whether titles under this header line go with those of this record.
 
-    The commit may differ, or nobody could go on after mending a comment.
+    Commit and paths may differ: what lies there is compared by its hashes.
     """
+    free = {"commit": None, "model": None, "adapter": None}
+
+    def what_counts(settings: dict) -> dict:
+        return settings | free | {"input": settings["input"] | {"path": None}}
+
     try:
-        return json.loads(line) | {"commit": None} == record | {"commit": None}
-    except (ValueError, TypeError):
+        return what_counts(json.loads(line)) == what_counts(record)
+    except (ValueError, TypeError, KeyError):
         return False
 
 
 def part_file(output_file: Path, rank: int) -> Path:
     """Return where a process keeps what it has written so far."""
     return output_file.with_suffix(f".part-{rank}.jsonl")
+
+
+def part_files(output_file: Path) -> list[Path]:
+    """Return the parts that there are, of any number of processes."""
+    return sorted(output_file.parent.glob(f"{glob.escape(output_file.stem)}.part-*.jsonl"))
 
 
 def read_parts(output_file: Path, record: dict) -> dict[int, str]:
@@ -337,8 +356,9 @@ def read_parts(output_file: Path, record: dict) -> dict[int, str]:
         UserError: a part was made with other settings.
     """
     lines = {}
-    for part in sorted(output_file.parent.glob(f"{output_file.stem}.part-*.jsonl")):
-        content = part.read_text(encoding="utf-8").splitlines(keepends=True)
+    for part in part_files(output_file):
+        with part.open(encoding="utf-8", newline="\n") as stream:
+            content = list(stream)  # lines end in \n alone: titles may hold other separators
         whole = [line for line in content if line.endswith("\n")]
         if whole and not same_settings(whole[0], record):
             raise UserError(
@@ -375,7 +395,7 @@ def join_parts(output_file: Path, record: dict, num_articles: int) -> int:
             jsonl_stream.write(json.dumps(row, ensure_ascii=False) + "\n")
     os.replace(jsonl_temporary, details)
     os.replace(csv_temporary, output_file)
-    for part in output_file.parent.glob(f"{output_file.stem}.part-*.jsonl"):
+    for part in part_files(output_file):
         part.unlink()
     return cut
 

@@ -254,7 +254,7 @@ VOCABULARY = 3072
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     group = parser.add_argument_group("corpus")
     group.add_argument("--output_dir", default="demo", help="new folder to write [%(default)s]")

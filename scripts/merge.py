@@ -12,11 +12,12 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from articles import Columns, check_articles, iterate_articles
 from exit_codes import UserError, run
-from prompting import PROBE, prompt_of_run
+from prompting import PROBE, end_ids, prompt_of_run
 from run_folder import (
     ADAPTER_WEIGHTS,
     RUN_CONFIG,
@@ -62,6 +63,10 @@ def main(argv=None):
         note_override("--model_name_or_path", args.model_name_or_path, run_config["base_model"])
     model_name = args.model_name_or_path or run_config["base_model"]
     check_model_folder(model_name)
+    adapter_sha256 = file_sha256(Path(args.run_dir, ADAPTER_WEIGHTS))
+    if is_merged(args.output_dir, adapter_sha256, args.base):
+        print(f"{args.output_dir} is there already, made of the same adapter: nothing to do")
+        return
     check_output_dir(args.output_dir)
     texts = check_texts(args, run_config)
     base_folder = resolve_model_folder(model_name)
@@ -85,10 +90,11 @@ def main(argv=None):
     prompt = prompt_of_run(tokenizer, run_config["prompt"], args.run_dir)
 
     # ------------------------------------------------------------------ merge under another name
-    output_dir = Path(args.output_dir)
-    temporary = output_dir.with_name(output_dir.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    output_dir = Path(args.output_dir).absolute()
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    partial = tempfile.mkdtemp(prefix=f"{output_dir.name}.partial-", dir=output_dir.parent)
+    temporary = Path(partial, "merged")
+    temporary.mkdir()
     try:
         merge_adapter(base_folder, Path(args.run_dir), temporary, args.base, dtype)
         config = AutoConfig.from_pretrained(base_folder)
@@ -102,13 +108,13 @@ def main(argv=None):
             num_beams=1,
             max_new_tokens=prompt.max_title_tokens,
             bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=sorted(end_ids(tokenizer, base_generation_config(base_folder))),
             pad_token_id=tokenizer.eos_token_id,
         ).save_pretrained(temporary)
         run_config |= {
             "kind": "merged",
             "merged_base": args.base,
-            "adapter_sha256": file_sha256(Path(args.run_dir, ADAPTER_WEIGHTS)),
+            "adapter_sha256": adapter_sha256,
             "merge_versions": versions(),
         }
         if texts:
@@ -121,12 +127,10 @@ def main(argv=None):
             )
         write_json(temporary / RUN_CONFIG, run_config)
         (temporary / "README.md").write_text(model_card(run_config), encoding="utf-8")
-        if output_dir.exists():
-            output_dir.rmdir()  # it was checked to be empty
-        os.rename(temporary, output_dir)
+        os.rename(temporary, output_dir)  # which was checked to be empty, if it is there
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    print(f"done: {output_dir}, adapter merged into the {args.base} base")
+        shutil.rmtree(partial, ignore_errors=True)
+    print(f"done: {args.output_dir}, adapter merged into the {args.base} base")
 
 
 def merge_adapter(base_folder: Path, adapter_dir: Path, output_dir: Path, base: str, dtype) -> None:
@@ -148,16 +152,16 @@ def merge_adapter(base_folder: Path, adapter_dir: Path, output_dir: Path, base: 
     quantized = quantized_weights(base_folder) if base == "dequantised" else set()
     # Where each tensor lies, and how large it becomes: the number of shards is in their names.
     sources = {}
-    for file in sorted(base_folder.glob("*.safetensors")):
+    for file in weight_files(base_folder):
         with safe_open(file, framework="pt") as stream:
             for name in stream.keys():  # noqa: SIM118 - this is no dict
                 shape = stream.get_slice(name).get_shape()
                 sources[name] = (file, torch.Size(shape).numel() * dtype.itemsize)
     adapted = {key.split(".lora_A.")[0] for key in lora if ".lora_A." in key}
     targets = {name.removeprefix("base_model.model.") + ".weight": name for name in adapted}
-    if missing := targets.keys() - sources.keys():
+    if missing := (targets.keys() | quantized) - sources.keys():
         raise UserError(
-            base_folder, f"no tensor {min(missing)} for the adapter", "merge with peft instead"
+            base_folder, f"no tensor {min(missing)} in its files", "merge with peft instead"
         )
     shards, filled = [[]], 0
     for name, (_, size) in sources.items():
@@ -191,6 +195,34 @@ def merge_adapter(base_folder: Path, adapter_dir: Path, output_dir: Path, base: 
         total = sum(size for _, size in sources.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(output_dir / "model.safetensors.index.json", index)
+
+
+def is_merged(output_dir: str, adapter_sha256: str, base: str) -> bool:
+    """Return whether this adapter has been merged into this kind of base there before."""
+    if not Path(output_dir, RUN_CONFIG).is_file():
+        return False
+    run_config = read_run_config(output_dir)
+    found = (run_config.get("adapter_sha256"), run_config.get("merged_base"))
+    return found == (adapter_sha256, base)
+
+
+def weight_files(base_folder: Path) -> list[Path]:
+    """Return the files that transformers reads; repositories may hold copies in other formats."""
+    index = base_folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return [base_folder / name for name in sorted(set(weight_map.values()))]
+    return [base_folder / "model.safetensors"]
+
+
+def base_generation_config(base_folder: Path):
+    """Return the base's generation config, for the ends that it knows; None if it has none."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(base_folder)
+    except OSError:
+        return None
 
 
 def lora_scaling(adapter_dir: Path) -> float:

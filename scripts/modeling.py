@@ -13,11 +13,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from exit_codes import UserError
+from exit_codes import UserError, note
 from prompting import check_tokenizer
 from run_folder import ADAPTER_WEIGHTS
 
-# Said by train.py in its own words, and by PEFT about its own use of transformers.
+# The first is said by plan.py in its own words, the second by PEFT of PEFT's own calls.
 warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated")
 
@@ -97,6 +97,31 @@ def check_nf4(model, compute_dtype: torch.dtype) -> None:
         raise RuntimeError("no layer of this model was quantized")
 
 
+def check_targets(model, target_modules: list[str]) -> str | list[str]:
+    """Return the names as `LoraConfig` takes them; refuse one that no 4-bit layer has.
+
+    That excludes head and embeddings: where a model ties the two, LoRA on the one would be merged
+    into the other as well.
+
+    Raises:
+        UserError: as said.
+    """
+    import bitsandbytes
+
+    layers = [n for n, m in model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    kinds = sorted({name.rpartition(".")[2] for name in layers})
+    if target_modules == ["all-linear"]:
+        return "all-linear"
+    for target in target_modules:
+        if not any(f".{name}".endswith(f".{target}") for name in layers):
+            raise UserError(
+                f"--target_modules {target}",
+                "no linear layer of the decoder has this name",
+                f"give all-linear, or some of {', '.join(kinds)}",
+            )
+    return target_modules
+
+
 def keep_gradients_on_cpu(model) -> None:
     """Keep bitsandbytes from repacking 4-bit weights in place on CPUs with AVX512-BF16.
 
@@ -124,7 +149,7 @@ def attach_adapter(base, adapter_dir: str):
     model = get_peft_model(base, config)
     load_adapter_weights(model, Path(adapter_dir, ADAPTER_WEIGHTS))
     if all(not p.any() for n, p in model.named_parameters() if "lora_B" in n):
-        print(f"NOTE: the adapter in {adapter_dir} changes nothing (every lora_B is zero)")
+        note(f"the adapter in {adapter_dir} changes nothing (every lora_B is zero)")
     model.requires_grad_(False)
     return model.eval()
 

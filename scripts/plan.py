@@ -2,14 +2,14 @@
 
 import math
 
-from memory import expected_peak_memory
+from memory import expected_peak_memory, peak_memory
 
-CHECKED_EXACTLY = 25_000  # rows; of larger files, lengths are told from that many of them
+CHECKED_EXACTLY = 25_000  # rows; of larger files, lengths are told from no more than that
 
 
 def measure_lengths(prompt, articles) -> dict[str, int]:
     """Return counts over all rows, in tokens and rows; from evenly spaced rows of large files."""
-    rows = range(0, len(articles), max(1, len(articles) // CHECKED_EXACTLY))
+    rows = range(0, len(articles), math.ceil(len(articles) / CHECKED_EXACTLY))
     found = {"articles_cut": 0, "titles_cut": 0, "tokens": 0, "title_tokens": 0}
     longest = 0
     for start in range(0, len(rows), 1000):
@@ -27,14 +27,13 @@ def measure_lengths(prompt, articles) -> dict[str, int]:
 
 
 def describe_plan(
-    args, accelerator, model, prompt, checked, lengths, updates_per_epoch, num_warmup_steps
+    args, accelerator, model, prompt, checked, lengths, updates, updates_per_epoch, warmup
 ) -> str:
     """Return the lines that are printed before the first update."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(_num_weights(p) for p in model.parameters() if not p.requires_grad)
     about = "" if lengths["exact"] else "about "
     validation = checked["validation"].rows if "validation" in checked else 0
-    updates = args.max_train_steps or args.num_train_epochs * updates_per_epoch
     processes, device = accelerator.num_processes, accelerator.device
     batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     peak = expected_peak_memory(model, args, device, lengths["longest"])
@@ -47,7 +46,7 @@ def describe_plan(
         f"{lengths['title_tokens']:,} title tokens carry the loss",
         "updates": f"{updates:,} of {batch * accumulation * processes:,} articles ({batch} per "
         f"device x {accumulation} accumulated x {processes} processes), {updates_per_epoch:,} per "
-        f"epoch, {num_warmup_steps:,} to warm up",
+        f"epoch, {warmup:,} to warm up",
         "model": f"{trainable:,} of {trainable + frozen:,} parameters train "
         f"({trainable / (trainable + frozen):.2%}); base in NF4 with double quantization",
         "precision": ("bf16 autocast" if args.mixed_precision == "bf16" else "fp32")
@@ -55,7 +54,8 @@ def describe_plan(
         "optimizer": "PagedAdamW32bit, "
         + ("paged" if device.type == "cuda" else "unpaged: there is no GPU to page from"),
         "memory": f"about {peak / 2**30:.1f} GiB expected at the peak, activation checkpointing "
-        + ("on" if args.activation_checkpointing else "off"),
+        + ("on" if args.activation_checkpointing else "off")
+        + (f"; {peak_memory(device)} after loading" if device.type == "cuda" else ""),
     }
     return "\n".join(f"{name:10} {text}" for name, text in lines.items())
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from exit_codes import UserError
 
+PROMPTS = Path(__file__).resolve().parent.parent / "prompts"
 ARTICLE = "{article}"
 PROBE = "L'Élysée, cœur « évacué »\u00a0: 3,5 % d’œuvres à Nîmes — où ? Ça, 1 200 €."
 # Some chat formats tell the date: today's would make another prompt of them every day.
@@ -183,6 +184,13 @@ class Prompt:
         while self.markers.search(text):  # breaking one may leave another that overlapped with it
             text = self.markers.sub(_broken, text)
         return text
+
+
+def end_ids(tokenizer, generation_config) -> set[int]:
+    """Return the ids that end a title: EOS, and a chat model's own ends of turn."""
+    own = getattr(generation_config, "eos_token_id", None)
+    own = own if isinstance(own, list) else [own]
+    return {tokenizer.eos_token_id, *own} - {None}
 
 
 def prompt_of_run(tokenizer, settings: dict, where: str) -> Prompt:

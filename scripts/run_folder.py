@@ -14,7 +14,7 @@ import platform
 import subprocess
 from pathlib import Path
 
-from exit_codes import UserError
+from exit_codes import UserError, note
 
 RUN_CONFIG = "run_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -151,15 +151,20 @@ def find_checkpoint(args, run_config: dict) -> Path | None:
         if args.resume_from_checkpoint != "latest":
             raise UserError(args.resume_from_checkpoint, f"no run in {args.output_dir}", "omit it")
         check_output_dir(args.output_dir, own_files=(f"{RUN_CONFIG}.tmp",))
-        print(f"NOTE: no run in {args.output_dir} to resume yet; starting one", flush=True)
+        note(f"no run in {args.output_dir} to resume yet; starting one")
         return None
-    differences = _differences(read_run_config(args.output_dir), run_config)
+    recorded = read_run_config(args.output_dir)
+    differences = _differences(recorded, run_config)
     if differences:
         raise UserError(
             args.output_dir,
             f"this run was made with other settings ({'; '.join(differences)})",
             "give the same ones, or another --output_dir",
         )
+    before, now = recorded["arguments"], run_config["arguments"]
+    split = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    if now["lora_dropout"] and any(before[name] != now[name] for name in split):
+        note("updates are split in another way now, which changes dropout; the bits will differ")
     folder = Path(args.output_dir, "checkpoints")
     if args.resume_from_checkpoint != "latest":
         checkpoint = Path(args.resume_from_checkpoint)
@@ -167,7 +172,7 @@ def find_checkpoint(args, run_config: dict) -> Path | None:
             raise UserError(checkpoint, "no checkpoint of this run", f"give one of {folder}")
         return checkpoint
     checkpoint = max((p for p in folder.glob("step-*") if p.suffix != ".tmp"), default=None)
-    print(f"NOTE: resuming from {checkpoint or 'the start, for there is no checkpoint yet'}")
+    note(f"resuming from {checkpoint or 'the start, for there is no checkpoint yet'}")
     return checkpoint
 
 
@@ -293,7 +298,7 @@ def file_sha256(file: Path) -> str:
 
 def note_override(flag: str, used, recorded) -> None:
     """Say that a flag wins over what the run folder says."""
-    print(f"NOTE: {flag} {used!r} overrides {recorded!r} of the run folder", flush=True)
+    note(f"{flag} {used!r} overrides {recorded!r} of the run folder")
 
 
 def _first_line(error: Exception) -> str:

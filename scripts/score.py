@@ -30,7 +30,7 @@ PACKAGES = ("evaluate", "rouge_score", "py3langid")
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     files = parser.add_argument_group("files")
     files.add_argument("--references", required=True, metavar="FILE", help="the true titles")
@@ -182,8 +182,6 @@ def read_titles(
 ) -> tuple[Checked, dict[str, str]]:
     """Return what is known about a file and its titles by ID."""
     checked = check_articles(path, columns, SPLIT, empty_titles)
-    if columns.id != "ID" and not checked.has_ids:  # asked for by name, so a slip in it is one
-        raise UserError(path, f"no column '{columns.id}'", "correct the name of the ID column")
     return checked, {row["id"]: row["title"] for row in iterate_articles(path, columns, SPLIT)}
 
 

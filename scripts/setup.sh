@@ -6,7 +6,7 @@
 
 if [ "${SETUP:-1}" != 0 ]; then
   if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
-    [ -x .venv/bin/python ] || python3 -m venv .venv
+    [ -x .venv/bin/pip ] || python3 -m venv .venv  # no pip: an earlier try broke off
     export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv"
   fi
   if ! python - "$@" 2>/dev/null <<'CHECK'

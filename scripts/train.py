@@ -18,9 +18,8 @@ from pathlib import Path
 
 from articles import Columns, check_articles, open_articles
 from exit_codes import run
-from prompting import Prompt, read_template
+from prompting import PROMPTS, Prompt, read_template
 from run_folder import (
-    RUN_CONFIG,
     check_model_folder,
     check_output_dir,
     check_tracker,
@@ -30,8 +29,6 @@ from run_folder import (
     start_run,
     write_run,
 )
-
-PROMPTS = Path(__file__).resolve().parent.parent / "prompts"
 
 
 def parse_args(argv=None):
@@ -64,7 +61,7 @@ def parse_args(argv=None):
     add("--learning_rate", type=float, default=2e-4, help="after the warm-up")
     add("--warmup_ratio", type=float, default=0.03, help="share of the updates that warm up")
     add("--max_grad_norm", type=float, default=0.3, help="larger gradients are scaled down to it")
-    add("--activation_checkpointing", action=flag, default=True, help="less memory, 1/3 slower")
+    add("--activation_checkpointing", action=flag, default=True, help="less memory, slower")
     add("--mixed_precision", choices=["bf16", "no"], default="bf16", help="no: all in fp32")
     add("--seed", type=int, default=42, help="of LoRA's first values, the order and dropout")
     add = parser.add_argument_group("logging and output").add_argument
@@ -82,10 +79,12 @@ def parse_args(argv=None):
             if not 0 <= value < 1:
                 parser.error(f"--{name} {value}: give a number from 0 to below 1")
         elif name in ("seed", "num_eval_titles"):
-            if value < 0:
-                parser.error(f"--{name} {value}: give a number from 0 up")
+            if not 0 <= value < 2**32:  # numpy takes no larger seed
+                parser.error(f"--{name} {value}: give a number from 0 to below 2**32")
         elif type(value) in (int, float) and not value > 0:
             parser.error(f"--{name} {value}: give a number above 0")
+    if args.metric_for_best_model == "rougeL" and args.num_eval_titles == 0:
+        parser.error("--metric_for_best_model rougeL: needs --num_eval_titles above 0")
     return args
 
 
@@ -97,7 +96,7 @@ def main(argv=None):
     template = read_template(args.prompt_file)
     check_model_folder(args.model_name_or_path)
     check_tracker(args.report_to)
-    if not (args.resume_from_checkpoint and Path(args.output_dir, RUN_CONFIG).is_file()):
+    if not args.resume_from_checkpoint:  # else `find_checkpoint` looks at what is there
         check_output_dir(args.output_dir)
     checked = {"train": check_articles(args.train_file, columns)}
     if args.validation_file:
@@ -112,14 +111,9 @@ def main(argv=None):
     from peft import LoraConfig, get_peft_model
 
     from batching import deal, dropout_seed, epoch_order, pad_left
-    from checkpoints import (
-        load_checkpoint,
-        rotate_checkpoints,
-        save_adapter,
-        save_checkpoint,
-    )
+    from checkpoints import load_checkpoint, rotate_checkpoints, save_adapter, save_checkpoint
     from memory import peak_memory
-    from modeling import load_base, load_tokenizer
+    from modeling import check_targets, load_base, load_tokenizer
     from plan import describe_plan, measure_lengths
 
     # ------------------------------------------------------------------ accelerator and seed
@@ -152,6 +146,8 @@ def main(argv=None):
     checkpoint = find_checkpoint(args, run_config)
 
     # ------------------------------------------------------------------ 4-bit base
+    # NF4 with double quantization, multiplied in bf16: asked for by `nf4_config` in modeling.py,
+    # which infer.py shares, and checked there on every loaded layer.
     dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
     base = load_base(str(base_folder), accelerator.device, dtype, nf4=True)
     if args.activation_checkpointing:
@@ -161,16 +157,14 @@ def main(argv=None):
         getattr(base, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
 
     # ------------------------------------------------------------------ LoRA
-    # Embeddings, norms and head stay in bf16 (prepare_model_for_kbit_training would make them
-    # fp32, twice the memory for the same results). The adapter is fp32: it is what AdamW updates.
+    # Embeddings, norms and head stay in bf16 (prepare_model_for_kbit_training would copy them to
+    # fp32, at twice the memory). The adapter is fp32, for it is what AdamW updates.
     lora_config = LoraConfig(
         task_type="CAUSAL_LM",
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules="all-linear"
-        if args.target_modules == ["all-linear"]
-        else args.target_modules,
+        target_modules=check_targets(base, args.target_modules),
     )
     model = get_peft_model(base, lora_config)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -184,15 +178,24 @@ def main(argv=None):
 
     # ------------------------------------------------------------------ prepare
     state = {"completed_steps": 0, "best_step": None, "best_value": None}
-    if checkpoint is not None:
-        state = load_checkpoint(checkpoint, model, paged_adamw)
     model, optimizer = accelerator.prepare(model, paged_adamw)
+    unwrapped = accelerator.unwrap_model(model)
+    if checkpoint is not None:
+        # After prepare, which would copy paged states into ordinary GPU memory.
+        state = load_checkpoint(checkpoint, unwrapped, paged_adamw)
     if accelerator.is_main_process:
         write_run(output_dir, run_config, tokenizer, state["completed_steps"])
     accelerator.init_trackers("manchette", {k: str(v) for k, v in vars(args).items()})
-    unwrapped = accelerator.unwrap_model(model)
     plan = describe_plan(
-        args, accelerator, unwrapped, prompt, checked, lengths, updates_per_epoch, num_warmup_steps
+        args,
+        accelerator,
+        unwrapped,
+        prompt,
+        checked,
+        lengths,
+        num_training_steps,
+        updates_per_epoch,
+        num_warmup_steps,
     )
     accelerator.print(plan, flush=True)
 
@@ -231,7 +234,7 @@ def main(argv=None):
                 accelerator.backward(loss * accelerator.num_processes / num_title_tokens)
             loss_sum += loss.detach()
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        if finite := bool(grad_norm.isfinite()):
+        if finite := bool(grad_norm.isfinite()):  # the same on every process
             optimizer.step()
         optimizer.zero_grad()
         # --------------------------------------------------------------
@@ -248,6 +251,8 @@ def main(argv=None):
             "tokens": sum(len(example.ids) for example in examples),  # without padding
             "seconds": time.perf_counter() - start_time,
         }
+        if not finite:
+            accelerator.print(f"NOTE: update {step + 1} skipped, its gradient is not finite")
         state["completed_steps"] = step + 1
         log_metrics(accelerator, output_dir, metrics)
         progress_bar.set_postfix_str(
@@ -320,7 +325,8 @@ def evaluate(accelerator, model, prompt, articles, args, state) -> None:
         stride = max(1, len(articles) // max(1, args.num_eval_titles))
         sample = range(0, len(articles), stride)[: args.num_eval_titles]
         rows = articles[list(sample[rank::world_size])]
-        generated = dict(generate_titles(unwrapped, prompt, rows["text"]))
+        budget = args.per_device_train_batch_size * args.max_length  # no more than in training
+        generated = dict(generate_titles(unwrapped, prompt, rows["text"], max_batch_tokens=budget))
     titles = [(generated[i].title, rows["title"][i]) for i in range(len(generated))]
     model.train()
 
@@ -336,7 +342,8 @@ def evaluate(accelerator, model, prompt, articles, args, state) -> None:
     accelerator.print(", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
     by_loss = args.metric_for_best_model == "loss"
     value = figures["eval_loss"] if by_loss else -figures["eval_rougeL"]  # lower is better
-    if state["best_value"] is None or value < state["best_value"]:
+    best = state["best_value"]
+    if best is None or math.isnan(best) or value < best:
         state |= {"best_step": state["completed_steps"], "best_value": value}
 
 

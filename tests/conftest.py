@@ -9,12 +9,14 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-os.environ.pop("EXIT_CODE_FILE", None)
+for name in ("EXIT_CODE_FILE", "RANK", "SLURM_SUBMIT_DIR"):
+    os.environ.pop(name, None)
 
-import pytest
+import pytest  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts"
@@ -28,7 +30,10 @@ def connect(self, address, *rest):
     return _connect(self, address, *rest)
 socket.socket.connect = connect
 """
-exec(BLOCK_NETWORK)  # the same text goes into every script that a test starts
+exec(BLOCK_NETWORK)  # here, and through PYTHONPATH in every Python that a test starts
+_site = tempfile.TemporaryDirectory(prefix="manchette-tests-")
+Path(_site.name, "sitecustomize.py").write_text(BLOCK_NETWORK)
+os.environ["PYTHONPATH"] = _site.name
 
 WORDS = (  # noqa: SIM905
     "le la les un une des à de du en sur pour avec dans maire ville élu élève hôpital œuvre été "
@@ -198,10 +203,8 @@ def trained(tiny_model, news, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def run_script(tmp_path_factory):
+def run_script():
     """Return a function that runs a script as a user would, and checks its exit code."""
-    blocker = tmp_path_factory.mktemp("site")
-    (blocker / "sitecustomize.py").write_text(BLOCK_NETWORK)
 
     def run(script: str, *argv, launch: bool = False, code: int = 0, cwd=None, **env):
         command = [sys.executable]
@@ -215,7 +218,7 @@ def run_script(tmp_path_factory):
             capture_output=True,
             text=True,
             cwd=cwd,
-            env=os.environ | {"PYTHONPATH": str(blocker)} | env,
+            env=os.environ | env,
             timeout=600,
         )
         assert result.returncode == code, f"{command}\n{result.stdout}\n{result.stderr}"

@@ -34,7 +34,7 @@ def predicted(trained, news, tmp_path_factory):
 
 
 def details(file):
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
     return lines[0], lines[1:]
 
 
@@ -241,6 +241,49 @@ def test_goes_on_after_a_torn_line_and_ends_with_the_same_bytes(
     assert not part.exists()
 
 
+def test_goes_on_where_it_was_stopped_between_its_two_files(predicted, trained, news, tmp_path):
+    shutil.copy(predicted / "adapter.jsonl", tmp_path / "out.jsonl")
+    record, rows = details(predicted / "adapter.jsonl")
+    lines = [json.dumps({"index": n} | row, ensure_ascii=False) for n, row in enumerate(rows)]
+    part = tmp_path / "out.part-0.jsonl"
+    part.write_text("\n".join([json.dumps(record), *lines]) + "\n", encoding="utf-8")
+    call(infer.main, "--run_dir", trained, *args_for(news, tmp_path / "out.csv"))
+    assert (tmp_path / "out.csv").read_bytes() == (predicted / "adapter.csv").read_bytes()
+
+
+def test_other_line_separators_in_a_title_are_no_ends_of_lines(tmp_path):
+    """JSON leaves U+2028 and U+0085 as they are, and `str.splitlines` would cut there."""
+    record = {"input": {"path": "a", "sha256": "b"}, "commit": None}
+    output_file = tmp_path / "p[1].csv"  # nor is the name a pattern
+    row = {"id": "a\u2029b", "title": "t", "raw": "un\u2028deux\x85trois", "stopped_by": "eos"}
+    line = json.dumps({"index": 0} | row, ensure_ascii=False) + "\n"
+    infer.part_file(output_file, 0).write_text(json.dumps(record) + "\n" + line, encoding="utf-8")
+    assert infer.read_parts(output_file, record) == {0: line}
+    assert infer.join_parts(output_file, record, 1) == 0
+    assert details(tmp_path / "p[1].jsonl")[1] == [row]
+    assert read_csv(output_file) == [{"ID": "a\u2029b", "titles": "t"}]
+    assert not infer.part_files(output_file)
+
+
+def test_a_run_in_fp32_is_inferred_in_fp32(tiny_model, news, tmp_path):
+    from conftest import train_args
+
+    import train
+
+    more = ("--mixed_precision", "no", "--max_train_steps", "1")
+    call(train.main, *train_args(tiny_model, news, tmp_path / "run", *more))
+    call(infer.main, "--run_dir", tmp_path / "run", *args_for(news, tmp_path / "out.csv"))
+    record, _ = details(tmp_path / "out.jsonl")
+    assert (record["base_weights"], record["precision"]) == ("nf4", "fp32")
+
+
+def test_the_same_file_by_another_path_goes_on(predicted, trained, news, monkeypatch, capsys):
+    monkeypatch.chdir(trained.parent)
+    options = args_for(news, predicted / "adapter.csv")
+    call(infer.main, "--run_dir", f"./{trained.name}", *options)
+    assert "nothing to do" in capsys.readouterr().out
+
+
 def test_an_unfinished_run_of_other_settings_is_refused(predicted, trained, news, tmp_path):
     record, _ = details(predicted / "adapter.jsonl")
     part = tmp_path / "out.part-0.jsonl"
@@ -298,6 +341,10 @@ def test_rows_without_ids_count_from_0(trained, news, tmp_path):
             "error: none.csv: there is no such file; check the path",
         ),
         (
+            ["--id_column", "id"],
+            "error: {news}/test.csv: no column 'id'; correct the name of the ID column",
+        ),
+        (
             ["--output_file", "{tmp}/no/out.csv"],
             "error: {tmp}/no/out.csv: there is no such folder; make it first",
         ),
@@ -322,7 +369,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     change = [part.format(tmp=tmp_path) for part in change]
     arguments = ("--run_dir", trained, *args_for(news, tmp_path / "out.csv", *change))
     result = run_script("infer.py", *arguments, code=2, cwd=tmp_path)
-    assert result.stderr == message.format(tmp=tmp_path) + "\n"
+    assert result.stderr == message.format(tmp=tmp_path, news=news) + "\n"
     assert result.stdout == ""
     assert not list(tmp_path.iterdir())
 

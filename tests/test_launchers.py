@@ -20,10 +20,14 @@ FAKE_ACCELERATE = """#!/usr/bin/env python3
 import json, os, sys
 with open(os.environ["CALLS"], "a") as stream:
     stream.write(json.dumps(sys.argv[1:]) + "\\n")
-if code := os.environ.get("FAIL_WITH"):
-    open(os.environ["EXIT_CODE_FILE"], "w").write(code)
-    sys.exit(1)
-sys.exit(int(os.environ.get("DIE_WITH", 0)))
+calls = sum(1 for _ in open(os.environ["CALLS"]))
+if calls == int(os.environ.get("AT_CALL", 1)):
+    if code := os.environ.get("FAIL_WITH"):
+        open(os.environ["EXIT_CODE_FILE"], "w").write(code)
+        sys.exit(1)
+    if code := os.environ.get("DIE_WITH"):
+        sys.exit(int(code))
+open(os.environ["EXIT_CODE_FILE"], "w").write("0\\n")
 """
 FAKE_PYTHON = """#!/bin/sh
 printf '%s\\n' "$*" >> "$PYTHON_CALLS"
@@ -69,6 +73,7 @@ def parsed(argv, script):
 
 
 REAL = {"MODEL": "m", "TRAIN_FILE": "t t.csv", "VALIDATION_FILE": "v.csv", "RUN_DIR": "runs/x"}
+REAL |= {"INPUT_FILE": "i.csv"}
 
 
 def test_train_launcher_passes_variables_and_options(launch):
@@ -87,7 +92,8 @@ def test_train_launcher_makes_the_demo_only_for_the_demo(launch):
     [argv], python = launch(ROOT / "run_train.sh")
     args = parsed(argv, train)
     assert args.model_name_or_path == "demo/model"
-    assert args.train_file == "demo/train.csv"
+    assert (args.train_file, args.validation_file) == ("demo/train.csv", "demo/validation.csv")
+    assert args.output_dir == "runs/demo"
     assert python == ["scripts/make_demo.py --output_dir demo"]
 
 
@@ -114,19 +120,44 @@ def test_infer_launcher_goes_through_the_reports_steps(launch, tmp_path):
 
 
 def test_infer_launcher_without_references_does_not_score(launch):
-    _, python = launch(ROOT / "run_infer.sh", REFERENCES="", RUN_DIR="r", MODEL="m")
+    _, python = launch(ROOT / "run_infer.sh", **REAL)
     assert [line.split()[0] for line in python] == ["scripts/merge.py"]
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+CALLS = [("run_train.sh", "1"), *(("run_infer.sh", call) for call in "123")]
+
+
+@pytest.mark.parametrize(("launcher", "call"), CALLS)
 @pytest.mark.parametrize("code", [2, 75])
-def test_the_scripts_exit_code_comes_through_accelerate(launch, launcher, code):
-    launch(ROOT / launcher, code=code, FAIL_WITH=str(code), **REAL)
+def test_the_scripts_exit_code_comes_through_accelerate(launch, launcher, call, code):
+    calls, _ = launch(ROOT / launcher, code=code, FAIL_WITH=str(code), AT_CALL=call, **REAL)
+    assert len(calls) == int(call)
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_script_that_died_without_a_word_is_a_bug(launch, launcher):
-    launch(ROOT / launcher, code=1, DIE_WITH="137", **REAL)
+@pytest.mark.parametrize(("launcher", "call"), CALLS)
+def test_a_script_that_died_without_a_word_is_a_bug(launch, launcher, call):
+    calls, _ = launch(ROOT / launcher, code=1, DIE_WITH="137", AT_CALL=call, **REAL)
+    assert len(calls) == int(call)
+
+
+def test_a_rank_that_died_after_another_was_done_is_a_bug(launch):
+    """The first process wrote 0 and the second was killed: accelerate answers 1."""
+    launch(ROOT / "run_train.sh", code=1, FAIL_WITH="0", **REAL)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "missing"),
+    [("run_train.sh", "TRAIN_FILE"), ("run_train.sh", "RUN_DIR")]
+    + [("run_infer.sh", name) for name in ("RUN_DIR", "INPUT_FILE", "OUTPUT_DIR")],
+)
+def test_a_real_model_never_meets_the_demos_files(launch, launcher, missing):
+    calls, python = launch(ROOT / launcher, code=2, **(REAL | {"OUTPUT_DIR": "o", missing: ""}))
+    assert (calls, python) == ([], [])
+
+
+def test_training_without_validation(launch):
+    [argv], _ = launch(ROOT / "run_train.sh", **(REAL | {"VALIDATION_FILE": ""}))
+    assert parsed(argv, train).validation_file is None
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
@@ -143,7 +174,7 @@ def test_launcher_reads_as_agreed(launcher):
     text = (ROOT / launcher).read_text()
     lines = text.splitlines()
     assert len(lines) <= 60
-    assert max(map(len, lines)) <= 110
+    assert max(map(len, lines)) <= 100
     assert "set -euo pipefail" in lines
     assert sum("accelerate launch" in line for line in lines if not line.startswith("#")) == 1
     assert len(re.findall(r"^# --- ", text, re.MULTILINE)) == 4  # and the header: five blocks
@@ -152,6 +183,81 @@ def test_launcher_reads_as_agreed(launcher):
     assert all(" # " in line for line in directives)
     assert subprocess.run(["bash", "-n", ROOT / launcher], check=False).returncode == 0
     assert os.access(ROOT / launcher, os.X_OK)
+
+
+# ---------------------------------------------------------------------- setting up
+
+FAKE_VENV = """#!/bin/sh
+# Stands in for python3 and for the python of an environment; $INSTALLED is made by its pip.
+echo "$0 $*" >> "$LOG"
+case "$*" in
+  "-m venv .venv") mkdir -p .venv/bin; cp "$0" .venv/bin/python; cp "$0" .venv/bin/pip ;;
+  "-m pip install"*) touch "$INSTALLED" ;;
+  -*) cat > /dev/null; [ -e "$INSTALLED" ] ;;
+esac
+"""
+
+
+@pytest.fixture
+def set_up(tmp_path):
+    """Return a function that sources setup.sh in an empty folder and returns what it ran."""
+    bin_dir = tmp_path / "bin"
+    bin_dir.mkdir()
+    for name in ("python3", "python"):
+        (bin_dir / name).write_text(FAKE_VENV)
+        (bin_dir / name).chmod(0o755)
+
+    def run(**env):
+        log = tmp_path / "log"
+        log.write_text("")
+        command = f"set -euo pipefail; source {SCRIPTS}/setup.sh a.txt b.txt; command -v python"
+        env |= {"PATH": f"{bin_dir}:/usr/bin:/bin", "LOG": str(log)}
+        env |= {"INSTALLED": str(tmp_path / "installed")}
+        result = subprocess.run(
+            ["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr
+        calls = [line.replace(f"{tmp_path}/", "") for line in log.read_text().splitlines()]
+        return calls, result.stdout.splitlines()[-1].replace(f"{tmp_path}/", "")
+
+    return run
+
+
+def test_set_up_makes_an_environment_and_installs_once(set_up):
+    calls, python = set_up()
+    assert python == ".venv/bin/python"
+    assert calls == [
+        "bin/python3 -m venv .venv",
+        ".venv/bin/python - a.txt b.txt",
+        ".venv/bin/python -m pip install --quiet -r a.txt -r b.txt",
+    ]
+    assert set_up() == ([".venv/bin/python - a.txt b.txt"], ".venv/bin/python")
+
+
+@pytest.mark.parametrize("variable", ["VIRTUAL_ENV", "CONDA_PREFIX"])
+def test_set_up_uses_the_active_environment(set_up, variable):
+    calls, python = set_up(**{variable: "/somewhere"})
+    assert python == "bin/python"
+    assert [call.split()[0] for call in calls] == ["bin/python", "bin/python"]
+
+
+def test_set_up_can_be_left_out(set_up):
+    assert set_up(SETUP="0") == ([], "bin/python")
+
+
+@pytest.mark.parametrize(
+    ("line", "satisfied"),
+    [("pytest>=1 # why", True), ("pytest>=1000", False), ("no-such-package", False), ("# x", True)],
+)
+def test_what_is_installed_is_checked_against_the_bounds(tmp_path, line, satisfied):
+    text = (SCRIPTS / "setup.sh").read_text()
+    check = re.search(r"<<'CHECK'\n(.*?)CHECK", text, re.DOTALL)[1]
+    (tmp_path / "requirements.txt").write_text(line + "\n")
+    import sys
+
+    command = [sys.executable, "-c", check, str(tmp_path / "requirements.txt")]
+    result = subprocess.run(command, capture_output=True, check=False)
+    assert (result.returncode == 0) == satisfied
 
 
 # ---------------------------------------------------------------------- configs and prompts

@@ -247,3 +247,9 @@ def test_help_opens_with_the_command():
     shown = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True)
     assert shown.returncode == 0
     assert "scripts/make_demo.py" in shown.stdout
+
+
+def test_through_accelerate_launch(run_script, tmp_path):
+    options = ("--output_dir", tmp_path / "demo", "--no-model", *SMALL)
+    run_script("make_demo.py", *options, launch=True)
+    assert {path.name for path in (tmp_path / "demo").iterdir()} == {*FILES, "demo.json"}

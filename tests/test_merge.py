@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import byte_level_tokenizer, call, french_rows, read_csv, save_tiny_model, train_args
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import infer
 import merge
@@ -148,7 +148,7 @@ print(json.dumps(written))
         [sys.executable, "-c", script],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ['PYTHONPATH']}"},
     )
     assert result.returncode == 0, result.stderr
     written = json.loads(result.stdout.splitlines()[-1])
@@ -223,6 +223,62 @@ def test_other_variants_are_refused_and_nothing_is_left(run_dir, tmp_path, chang
     with pytest.raises(UserError, match=message):
         call(merge.main, "--run_dir", copy, "--output_dir", tmp_path / "m")
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
+def test_merging_again_does_nothing_and_another_adapter_is_refused(
+    run_dir, merged, tmp_path, capsys
+):
+    before = (merged / "dequantised/model.safetensors").stat().st_mtime_ns
+    output = ("--output_dir", merged / "dequantised")
+    call(merge.main, "--run_dir", run_dir, *output)
+    assert "made of the same adapter: nothing to do" in capsys.readouterr().out
+    assert (merged / "dequantised/model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="the folder is not empty"):
+        call(merge.main, "--run_dir", run_dir, *output, "--base", "original")
+    other = tmp_path / "retrained"
+    shutil.copytree(run_dir, other)
+    tensors = load_file(other / "adapter_model.safetensors")
+    save_file({k: v + 0.01 for k, v in tensors.items()}, other / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="the folder is not empty"):
+        call(merge.main, "--run_dir", other, *output)
+
+
+def test_copies_of_the_weights_in_other_formats_are_left_out(run_dir, merged, tmp_path):
+    """Some repositories hold the same weights once more, under other names."""
+    base = tmp_path / "base"
+    shutil.copytree(run_dir.parent / "base", base)
+    save_file({"layers.0.wq": torch.ones(4)}, base / "consolidated.safetensors")
+    config = json.loads((run_dir / "run_config.json").read_text())
+    copy = tmp_path / "run"
+    shutil.copytree(run_dir, copy)
+    from run_folder import model_fingerprint
+
+    config |= {"base_model": str(base), "base_fingerprint": model_fingerprint(base)}
+    (copy / "run_config.json").write_text(json.dumps(config))
+    call(merge.main, "--run_dir", copy, "--output_dir", tmp_path / "m", "--check_rows", "0")
+    assert [path.name for path in (tmp_path / "m").glob("*.safetensors")] == ["model.safetensors"]
+    found = load_file(tmp_path / "m/model.safetensors")
+    assert found.keys() == load_file(merged / "dequantised/model.safetensors").keys()
+
+
+def test_a_chat_models_own_ends_of_turn_are_kept(run_dir, tmp_path):
+    base = run_dir.parent / "base/generation_config.json"
+    before = base.read_text()
+    base.write_text(json.dumps(json.loads(before) | {"eos_token_id": [2, 7]}))
+    try:
+        call(merge.main, "--run_dir", run_dir, "--output_dir", tmp_path / "m", "--check_rows", "0")
+    finally:
+        base.write_text(before)
+    generation = json.loads((tmp_path / "m/generation_config.json").read_text())
+    assert generation["eos_token_id"] == [2, 7]
+
+
+def test_a_folder_beside_is_never_touched(run_dir, tmp_path):
+    (tmp_path / "m.tmp").mkdir()
+    (tmp_path / "m.tmp/mine").write_text("kept")
+    call(merge.main, "--run_dir", run_dir, "--output_dir", tmp_path / "m", "--check_rows", "0")
+    assert {path.name for path in tmp_path.iterdir()} == {"m", "m.tmp"}
+    assert (tmp_path / "m.tmp/mine").read_text() == "kept"
 
 
 def test_through_accelerate_launch(run_script, run_dir, tmp_path):

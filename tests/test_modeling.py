@@ -60,6 +60,16 @@ def test_a_model_that_was_not_quantized_is_caught(tiny_model, monkeypatch):
         modeling.load_base(str(tiny_model), CPU, torch.bfloat16, nf4=True)
 
 
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens", "q_projj", "proj"])
+def test_a_target_that_is_no_decoder_layer_is_refused(tiny_model, target):
+    model = modeling.load_base(str(tiny_model), CPU, torch.bfloat16, nf4=True)
+    assert modeling.check_targets(model, ["all-linear"]) == "all-linear"
+    assert modeling.check_targets(model, ["q_proj", "mlp.up_proj"]) == ["q_proj", "mlp.up_proj"]
+    message = rf"--target_modules {target}: no linear layer .* down_proj, gate_proj, k_proj"
+    with pytest.raises(UserError, match=message):
+        modeling.check_targets(model, ["q_proj", target])
+
+
 def lora_gradients(model):
     torch.manual_seed(0)
     model.train()

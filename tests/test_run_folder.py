@@ -33,10 +33,12 @@ from run_folder import (
 RECORD = {
     "kind": "adapter",
     "arguments": {
+        "lora_dropout": 0.1,
         "output_dir": "run",
         "lora_r": 4,
         "learning_rate": 0.01,
         "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
         "train_file": "train.csv",
     },
     "base_model": "model",

@@ -492,3 +492,10 @@ def test_help_and_complaints_wait_for_no_heavy_import(files, arguments):
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "articles" in imported
     assert not imported & {"evaluate", "datasets", "numpy", "pandas", "py3langid", "rouge_score"}
+
+
+def test_through_accelerate_launch(files, run_script):
+    arguments = ("--references", files / "references.csv", "--predictions", files / "a.csv")
+    result = run_script("score.py", *arguments, "--output_dir", files / "s", launch=True)
+    assert "comparable" in result.stdout
+    assert (files / "s/scores.json").is_file()

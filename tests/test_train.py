@@ -3,6 +3,7 @@
 import ast
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -219,6 +220,45 @@ def test_resuming_before_there_is_a_run_starts_one(tiny_model, news, tmp_path, c
     call(train.main, *train_args(tiny_model, news, tmp_path / "run", *more))
     assert "to resume yet; starting one" in capsys.readouterr().out
     assert len(updates(tmp_path / "run")) == 1
+
+
+def test_a_resumed_optimizer_keeps_the_buffers_that_bitsandbytes_made(
+    tiny_model, news, tmp_path, monkeypatch
+):
+    """`prepare` copies an optimizer's state, which would unpage it on a GPU."""
+    import bitsandbytes.optim
+
+    made, optimizers = [], []
+
+    class Spy(bitsandbytes.optim.PagedAdamW32bit):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            optimizers.append(self)
+
+        def get_state_buffer(self, *args, **kwargs):
+            made.append(super().get_state_buffer(*args, **kwargs))
+            return made[-1]
+
+    monkeypatch.setattr(bitsandbytes.optim, "PagedAdamW32bit", Spy)
+    more = ("--checkpointing_steps", "2", "--max_train_steps", "3")
+    call(train.main, *train_args(tiny_model, news, tmp_path / "run", *more))
+    made.clear()
+    resume = ("--resume_from_checkpoint", tmp_path / "run/checkpoints/step-000002")
+    call(train.main, *train_args(tiny_model, news, tmp_path / "run", *more, *resume))
+    states = optimizers[1].state.values()
+    held = {id(state[key]) for state in states for key in ("state1", "state2")}
+    assert len(held) == 56
+    assert held == {id(buffer) for buffer in made}
+
+
+def test_resuming_with_another_split_is_noted(tiny_model, news, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    more = ("--checkpointing_steps", "1", "--max_train_steps", "2")
+    call(train.main, *train_args(tiny_model, news, run_dir, *more))
+    split = ("--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1")
+    latest = ("--resume_from_checkpoint", "latest")
+    call(train.main, *train_args(tiny_model, news, run_dir, *more, *split, *latest))
+    assert "NOTE: updates are split in another way now" in capsys.readouterr().out
 
 
 def test_resuming_with_other_settings_is_refused(trained, tiny_model, news):
@@ -446,9 +486,54 @@ def test_the_loop_can_be_read_in_one_file():
     assert order[:2] == ["parse_args", "main"]
 
 
-@pytest.mark.parametrize("name", ["PagedAdamW32bit(", "clip_grad_norm_(", "get_peft_model("])
+METHOD = ("nf4=True", "LoraConfig(", "get_peft_model(", "PagedAdamW32bit(", "clip_grad_norm_(")
+METHOD += ("accelerator.autocast()", "no_sync(model)", "accelerator.backward(", "warmup_ratio *")
+METHOD += ('matmul.fp32_precision = "tf32"', "optimizer.step()", "gradient_accumulation_steps\n")
+
+
+@pytest.mark.parametrize("name", METHOD)
 def test_the_method_is_called_by_name_in_train(name):
     assert name in (SCRIPTS / "train.py").read_text()
+
+
+def test_tf32_is_on_after_a_run(trained):
+    import torch
+
+    assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_said(
+    tiny_model, news, tmp_path, monkeypatch, capsys
+):
+    """Even the very first, of which a checkpoint is saved at once."""
+    from safetensors.torch import load_file
+
+    original, calls = train.title_loss, []
+
+    def title_loss(model, batch):
+        calls.append(1)
+        factor = float("inf") if len(calls) == 2 else 1.0  # in the first of 3 updates
+        return original(model, batch) * factor
+
+    monkeypatch.setattr(train, "title_loss", title_loss)
+    more = ("--checkpointing_steps", "1", "--max_train_steps", "3")
+    args = train_args(tiny_model, news, tmp_path / "run", *more)
+    del args[args.index("--validation_file") : args.index("--validation_file") + 2]
+    call(train.main, *args)
+    assert [row["skipped"] for row in updates(tmp_path / "run")] == [True, False, False]
+    assert "NOTE: update 1 skipped, its gradient is not finite" in capsys.readouterr().out
+    steps = [
+        load_file(tmp_path / f"run/checkpoints/step-00000{n}/adapter_model.safetensors")
+        for n in (1, 2, 3)
+    ]
+    assert not any(tensor.any() for name, tensor in steps[0].items() if "lora_B" in name)
+    assert all(tensor.isfinite().all() for step in steps for tensor in step.values())
+    assert difference(steps[1], steps[2]) > 0
+    # And the run can go on from there.
+    latest = ("--resume_from_checkpoint", tmp_path / "run/checkpoints/step-000001")
+    monkeypatch.setattr(train, "title_loss", original)
+    call(train.main, *args, *latest)
+    assert [row["skipped"] for row in updates(tmp_path / "run")] == [True, False, False]
 
 
 def test_the_legacy_tf32_switch_is_nowhere():
@@ -483,6 +568,11 @@ def test_plan_counts_equal_what_an_epoch_trains_on(trained, tiny_model, news, tm
     found = re.search(r"tokens +([\d,]+) per epoch, of which ([\d,]+) title tokens", plan)
     assert int(found[1].replace(",", "")) == sum(row["tokens"] for row in rows)
     assert int(found[2].replace(",", "")) == sum(row["title_tokens"] for row in rows)
+
+
+def test_plan_says_how_many_updates_there_will_be(tiny_model, news, tmp_path, capsys):
+    call(train.main, *train_args(tiny_model, news, tmp_path / "run", "--max_train_steps", "1000"))
+    assert "updates    6 of 8 articles" in capsys.readouterr().out
 
 
 def test_three_titles_are_shown_beside_the_true_ones(tiny_model, news, tmp_path, capsys):
@@ -556,6 +646,14 @@ def test_through_accelerate_launch(run_script, tiny_model, news, tmp_path):
             "train.py: error: --lora_dropout 1.0: give a number from 0 to below 1",
         ),
         (
+            ["--metric_for_best_model", "rougeL", "--num_eval_titles", "0"],
+            "train.py: error: --metric_for_best_model rougeL: needs --num_eval_titles above 0",
+        ),
+        (
+            ["--seed", "4294967296"],
+            "train.py: error: --seed 4294967296: give a number from 0 to below 2**32",
+        ),
+        (
             ["--report_to", "wandb"],
             "error: --report_to wandb: it is not installed; run: pip install wandb",
         ),
@@ -581,7 +679,7 @@ def test_complaints_and_help_do_not_wait_for_torch(run_script, tiny_model, news,
     broken = tmp_path / "site/torch"
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text("raise SystemExit('torch was imported')")
-    path = {"PYTHONPATH": str(broken.parent)}
+    path = {"PYTHONPATH": f"{broken.parent}:{os.environ['PYTHONPATH']}"}
     assert "--max_grad_norm" in run_script("train.py", "--help", **path).stdout
     args = train_args(tiny_model, news, tmp_path / "run", "--train_file", "none.csv")
     assert "no such file" in run_script("train.py", *args, code=2, **path).stderr

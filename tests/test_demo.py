@@ -1,0 +1,60 @@
+"""The first thing a new user runs, whole. Run: python -m pytest tests/test_demo.py
+
+`bash run_train.sh && bash run_infer.sh` as they stand, on the demo at its full size (a few minutes
+on 2 cores), written elsewhere and without installing anything.
+"""
+
+import json
+import os
+import subprocess
+
+import pytest
+from conftest import ROOT, read_csv
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("launched")
+    places = {"DEMO": "demo", "RUN_DIR": "run", "OUTPUT_DIR": "out"}
+    env = os.environ | {name: str(folder / path) for name, path in places.items()}
+    env |= {"SETUP": "0", "OMP_NUM_THREADS": str(os.cpu_count())}
+    for launcher in ("run_train.sh", "run_infer.sh"):
+        result = subprocess.run(
+            ["bash", str(ROOT / launcher)], env=env, cwd=folder, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+    return folder, result.stdout
+
+
+def test_the_table_tells_the_reports_story(demo):
+    folder, printed = demo
+    scores = json.loads((folder / "out/scores.json").read_text())["predictions"]
+    rouge = {name: system["rouge"]["default"]["rougeL"] for name, system in scores.items()}
+    print(rouge)
+    assert rouge["adapter"] >= 2 * rouge["untuned"]
+    assert rouge["adapter"] > 0.4
+    assert abs(rouge["merged"] - rouge["adapter"]) <= 0.01
+    for name, value in rouge.items():
+        assert any(
+            line.startswith(name) and f"{value:.4f}" in line for line in printed.splitlines()
+        )
+
+
+def test_each_system_has_titled_every_held_out_article(demo):
+    folder, _ = demo
+    ids = [row["ID"] for row in read_csv(folder / "demo/test.csv")]
+    for name in ("untuned", "adapter", "merged"):
+        assert [row["ID"] for row in read_csv(folder / f"out/{name}.csv")] == ids
+    trained_on = {row["titles"] for row in read_csv(folder / "demo/train.csv")}
+    assert not trained_on & {row["titles"] for row in read_csv(folder / "demo/test_titles.csv")}
+
+
+def test_running_again_does_nothing_over(demo):
+    folder, _ = demo
+    env = os.environ | {"SETUP": "0", "DEMO": str(folder / "demo"), "RUN_DIR": str(folder / "run")}
+    again = subprocess.run(
+        ["bash", str(ROOT / "run_train.sh")], env=env, capture_output=True, text=True
+    )
+    assert again.returncode == 2
+    assert "the folder is not empty" in again.stderr
+    assert "the demo is there already" in again.stdout
