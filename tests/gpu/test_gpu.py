@@ -57,9 +57,8 @@ def test_large_optimizer_states_are_paged_and_paged_again_after_resume(
     more = ("--lora_r", "128", "--checkpointing_steps", "2", "--save_total_limit", "9")
     call(train.main, *train_args(wide_model, news, tmp_path / "run", *more))
     assert "PagedAdamW32bit, paged" in capsys.readouterr().out
-    assert paged(spied_optimizers[0]) == {True: {True}, False: {False}} or paged(
-        spied_optimizers[0]
-    ) == {True: {True}, False: set()}
+    assert paged(spied_optimizers[0])[True] == {True}
+    assert paged(spied_optimizers[0])[False] <= {False}
     resume = ("--resume_from_checkpoint", tmp_path / "run/checkpoints/step-000002")
     call(train.main, *train_args(wide_model, news, tmp_path / "run", *more, *resume))
     assert paged(spied_optimizers[1])[True] == {True}
