@@ -23,6 +23,7 @@ from prompting import PROMPTS, Prompt, end_ids, prompt_of_run, read_template
 from run_folder import (
     ADAPTER_WEIGHTS,
     RUN_CONFIG,
+    check_base,
     check_model_folder,
     commit,
     file_sha256,
@@ -90,17 +91,12 @@ def main(argv=None):
         raise UserError(args.output_file, "there is no such folder", "make it first")
     checked = check_articles(args.input_file, columns, "test")
     base_folder = resolve_model_folder(source["model"])
-    fingerprint = model_fingerprint(base_folder)
-    if source["base_fingerprint"] not in (None, fingerprint):
-        raise UserError(
-            source["model"],
-            f"this is not the base that {source['run_dir']} was trained on",
-            "give that one with --model_name_or_path",
-        )
+    if source["adapter"]:
+        check_base(base_folder, source["model"], source["base_fingerprint"], source["run_dir"])
     settings = prompt_settings(args, template, source["prompt"])
     record = {
         "model": source["model"],
-        "model_fingerprint": fingerprint,
+        "model_fingerprint": model_fingerprint(base_folder),
         "base_weights": source["weights"],
         "precision": source["precision"],
         "adapter": source["adapter"],

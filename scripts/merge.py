@@ -21,11 +21,11 @@ from prompting import PROBE, end_ids, prompt_of_run
 from run_folder import (
     ADAPTER_WEIGHTS,
     RUN_CONFIG,
+    check_base,
     check_model_folder,
     check_output_dir,
     file_sha256,
     model_card,
-    model_fingerprint,
     note_override,
     read_run_config,
     resolve_model_folder,
@@ -70,12 +70,7 @@ def main(argv=None):
     check_output_dir(args.output_dir)
     texts = check_texts(args, run_config)
     base_folder = resolve_model_folder(model_name)
-    if model_fingerprint(base_folder) != run_config["base_fingerprint"]:
-        raise UserError(
-            model_name,
-            f"this is not the base that {args.run_dir} was trained on",
-            "give that one with --model_name_or_path",
-        )
+    check_base(base_folder, model_name, run_config["base_fingerprint"], args.run_dir)
 
     # These take seconds to import, which a complaint about the input should not have to wait for.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of optional kernels not installed

@@ -276,6 +276,20 @@ def model_fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def check_base(folder: Path, name: str, expected: str, run_dir: str) -> None:
+    """Refuse a base whose fingerprint is not the one that a run recorded.
+
+    Raises:
+        UserError: as said.
+    """
+    if model_fingerprint(folder) != expected:
+        raise UserError(
+            name,
+            f"this is not the base that {run_dir} was trained on",
+            "give that one with --model_name_or_path",
+        )
+
+
 def _differences(recorded: dict, current: dict) -> list[str]:
     """Return what would make a resumed run another run."""
     free = ("output_dir", "resume_from_checkpoint", "report_to", "save_total_limit")

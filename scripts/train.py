@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from articles import Columns, check_articles, open_articles
-from exit_codes import run
+from exit_codes import note, run
 from prompting import PROMPTS, Prompt, read_template
 from run_folder import (
     check_model_folder,
@@ -252,7 +252,7 @@ def main(argv=None):
             "seconds": time.perf_counter() - start_time,
         }
         if not finite:
-            accelerator.print(f"NOTE: update {step + 1} skipped, its gradient is not finite")
+            note(f"update {step + 1} skipped, its gradient is not finite")
         state["completed_steps"] = step + 1
         log_metrics(accelerator, output_dir, metrics)
         progress_bar.set_postfix_str(
