@@ -13,6 +13,9 @@
 #SBATCH --cpus-per-task=8         # for reading and tokenising
 #SBATCH --mem=32G                 # merging passes the base through it, piece by piece
 #SBATCH --time=04:00:00           # <-- edit
+#SBATCH --signal=B:USR1@300       # 5 minutes before the end: time to finish and to save
+#SBATCH --requeue                 # lets the job put itself back into the queue, and go on
+#SBATCH --open-mode=append        # in the same log
 
 # --- Settings: edit here, or set them in the environment ---
 set -euo pipefail
@@ -39,15 +42,11 @@ done
 
 # --- Environment: an active one, else .venv; SETUP=0 leaves it alone ---
 source scripts/setup.sh requirements.txt
+source scripts/launch.sh
 
 # --- Infer, merge, infer merged, score ---
-EXIT_CODE_FILE="$(mktemp)" && export EXIT_CODE_FILE  # accelerate answers 1 to whatever went wrong
-trap 'rm -f "$EXIT_CODE_FILE"' EXIT
 infer() {  # infer NAME OPTIONS...: titles in $OUTPUT_DIR/NAME.csv
-  ARGS=(--input_file "$INPUT_FILE" --output_file "$OUTPUT_DIR/$1.csv" "${@:2}")
-  : > "$EXIT_CODE_FILE"
-  accelerate launch --quiet --config_file "$ACCELERATE_CONFIG" scripts/infer.py "${ARGS[@]}" \
-    || exit "$(grep -vx 0 "$EXIT_CODE_FILE" || echo 1)"
+  launch scripts/infer.py --input_file "$INPUT_FILE" --output_file "$OUTPUT_DIR/$1.csv" "${@:2}"
 }
 mkdir -p "$OUTPUT_DIR"
 infer untuned --model_name_or_path "$MODEL" --prompt_file "$PROMPT_FILE" "$@"

@@ -12,6 +12,9 @@
 #SBATCH --cpus-per-task=8         # for reading and tokenising
 #SBATCH --mem=32G                 # the 7B base passes through it once
 #SBATCH --time=24:00:00           # <-- edit
+#SBATCH --signal=B:USR1@300       # 5 minutes before the end: time to finish and to save
+#SBATCH --requeue                 # lets the job put itself back into the queue, and go on
+#SBATCH --open-mode=append        # in the same log
 
 # --- Settings: edit here, or set them in the environment ---
 set -euo pipefail
@@ -38,12 +41,11 @@ done
 
 # --- Environment: an active one, else .venv; SETUP=0 leaves it alone ---
 source scripts/setup.sh requirements.txt
+source scripts/launch.sh
 
 # --- Train ---
 [ "$MODEL" != "$DEMO/model" ] || python scripts/make_demo.py --output_dir "$DEMO"
 ARGS=(--model_name_or_path "$MODEL" --train_file "$TRAIN_FILE" --prompt_file "$PROMPT_FILE"
-  ${VALIDATION_FILE:+--validation_file "$VALIDATION_FILE"} --output_dir "$RUN_DIR")
-EXIT_CODE_FILE="$(mktemp)" && export EXIT_CODE_FILE  # accelerate answers 1 to whatever went wrong
-trap 'rm -f "$EXIT_CODE_FILE"' EXIT
-accelerate launch --quiet --config_file "$ACCELERATE_CONFIG" scripts/train.py "${ARGS[@]}" "$@" \
-  || exit "$(grep -vx 0 "$EXIT_CODE_FILE" || echo 1)"
+  ${VALIDATION_FILE:+--validation_file "$VALIDATION_FILE"} --output_dir "$RUN_DIR"
+  --resume_from_checkpoint latest)  # what was stopped goes on
+launch scripts/train.py "${ARGS[@]}" "$@"

@@ -1,64 +1,212 @@
 """Checkpoints: adapter, optimizer and a few numbers; never the base, never a pickle.
 
-A checkpoint is a folder `step-000123` that appears under its name only when it is complete.
+A checkpoint is a folder `step-000123` that appears under its name only when it is complete. Its
+state.json holds the hashes of its files and one of itself, so that a damaged one is known as such.
 There are no random states in it: order and dropout are functions of (seed, update, process).
 """
 
+import hashlib
 import json
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from exit_codes import UserError
+from exit_codes import UserError, note, writing
 from modeling import adapter_state_dict, load_adapter_weights
-from run_folder import ADAPTER_WEIGHTS, RUN_CONFIG, model_card, read_run_config, write_json
+from run_folder import (
+    ADAPTER_WEIGHTS,
+    METRICS,
+    RUN_CONFIG,
+    check_output_dir,
+    file_sha256,
+    flush,
+    model_card,
+    read_run_config,
+    write_json,
+)
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
+UNFINISHED, ASIDE = ".tmp", ".aside"  # endings of folders that are no checkpoints
 
 
-def save_checkpoint(folder: Path, model, optimizer, state: dict) -> Path:
-    """Write `folder/step-NNNNNN` for `state["completed_steps"]` and return it.
+def first_state() -> dict:
+    """Return the state of a run before its first update."""
+    return {
+        "completed_steps": 0,  # updates
+        "evaluated_steps": 0,  # how many there were when it was last evaluated
+        "skipped_steps": 0,  # of the completed ones, for their loss or gradient was not finite
+        "skipped_in_a_row": 0,  # the last of them
+        "best_step": None,
+        "best_value": None,  # lower is better
+    }
+
+
+def on_main_process(accelerator, write, *arguments) -> None:
+    """Call `write(*arguments)` on the main process while all wait.
+
+    Raises:
+        UserError: that of the main process, on all.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    parts = [None]
+    if accelerator.is_main_process:
+        try:
+            write(*arguments)
+        except UserError as error:
+            parts = [error.parts]
+    broadcast_object_list(parts)
+    if parts[0] is not None:
+        raise UserError(*parts[0])
+
+
+def save_checkpoint(output_dir: Path, model, optimizer, state: dict) -> None:
+    """Write `checkpoints/step-NNNNNN` for `state["completed_steps"]`.
 
     It is written beside under a temporary name, flushed to the disk and renamed: whatever stops
-    the process, a folder named step-* is whole.
+    the process, a folder named step-* is whole. What metrics.jsonl has of before is flushed first.
+
+    Raises:
+        UserError: the disk is full, or cannot be written for another reason.
     """
-    final = folder / _name(state["completed_steps"])
-    temporary = folder / f"{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file(_on_cpu(adapter_state_dict(model)), temporary / ADAPTER_WEIGHTS)
-    tensors, numbers = _optimizer_state(model, optimizer)
-    save_file(_on_cpu(tensors), temporary / OPTIMIZER)
-    content = json.dumps(state | {"optimizer": numbers}, indent=2)
-    (temporary / STATE).write_text(content + "\n", encoding="utf-8")
-    for path in (*temporary.iterdir(), temporary):
-        _flush(path)
-    replaced = folder / f"{final.name}.old.tmp"
-    shutil.rmtree(replaced, ignore_errors=True)
-    if final.exists():  # after going back to an earlier checkpoint
-        os.rename(final, replaced)
-    os.rename(temporary, final)
-    _flush(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
-    return final
+    final = checkpoint_folder(output_dir, state["completed_steps"])
+    temporary = final.with_name(final.name + UNFINISHED)
+    numbers, moments = _optimizer_state(model, optimizer)
+    with writing(final):
+        if (metrics := output_dir / METRICS).exists():
+            flush(metrics)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    try:
+        _save_tensors(adapter_state_dict(model), temporary / ADAPTER_WEIGHTS)
+        _save_tensors(moments, temporary / OPTIMIZER)
+        with writing(final):
+            files = {name: file_sha256(temporary / name) for name in (ADAPTER_WEIGHTS, OPTIMIZER)}
+            write_json(temporary / STATE, _sealed(state | {"optimizer": numbers, "files": files}))
+            for path in (*temporary.iterdir(), temporary):
+                flush(path)
+            replaced = final.with_name(final.name + ".old" + UNFINISHED)
+            shutil.rmtree(replaced, ignore_errors=True)
+            if final.exists():  # after going back to an earlier checkpoint
+                os.rename(final, replaced)
+            os.rename(temporary, final)
+            flush(final.parent)
+            shutil.rmtree(replaced, ignore_errors=True)
+    except UserError:
+        shutil.rmtree(temporary, ignore_errors=True)  # on a full disk, its room is needed
+        raise
+
+
+def record_evaluation(output_dir: Path, state: dict, save_total_limit: int | None) -> None:
+    """Write the outcome of an evaluation into the newest checkpoint, then remove what is too old.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    newest = checkpoint_folder(output_dir, state["completed_steps"])
+    with writing(newest / STATE):
+        content = json.loads((newest / STATE).read_text(encoding="utf-8"))
+        write_json(newest / STATE, _sealed(content | state))
+    rotate_checkpoints(output_dir, state["best_step"], save_total_limit)
+
+
+def rotate_checkpoints(output_dir: Path, best_step: int | None, limit: int | None) -> None:
+    """Remove all but the newest `limit` checkpoints and the best one."""
+    for old in _checkpoints(output_dir)[: -limit if limit else 0]:
+        if best_step is None or old != checkpoint_folder(output_dir, best_step):
+            shutil.rmtree(old)
+
+
+def find_checkpoint(args, run_config: dict) -> Path | None:
+    """Return the checkpoint that `--resume_from_checkpoint` asks for; None to begin at the start.
+
+    `latest` is the newest that is whole.
+
+    Raises:
+        UserError: there is no such checkpoint, it is damaged, or the run was made with other
+            settings and `--resume_anyway` is not given.
+    """
+    if not args.resume_from_checkpoint:
+        return None
+    if not Path(args.output_dir, RUN_CONFIG).is_file():
+        if args.resume_from_checkpoint != "latest":
+            raise UserError(args.resume_from_checkpoint, f"no run in {args.output_dir}", "omit it")
+        check_output_dir(args.output_dir, own_files=(f"{RUN_CONFIG}{UNFINISHED}",))
+        note(f"no run in {args.output_dir} to resume yet; starting one")
+        return None
+    recorded = read_run_config(args.output_dir)
+    if differences := "; ".join(_differences(recorded, run_config)):
+        if not args.resume_anyway:
+            raise UserError(
+                args.output_dir,
+                f"this run was made with other settings ({differences})",
+                "give the same ones, or another --output_dir, or --resume_anyway",
+            )
+        note(f"going on with other settings: {differences}")
+    before, now = recorded["arguments"], run_config["arguments"]
+    split = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    if now["lora_dropout"] and any(before[name] != now[name] for name in split):
+        note("updates are split in another way now, which changes dropout; the bits will differ")
+    checkpoints = _checkpoints(Path(args.output_dir))
+    if args.resume_from_checkpoint != "latest":
+        checkpoint = Path(args.resume_from_checkpoint)
+        if checkpoint.resolve() not in [path.resolve() for path in checkpoints]:
+            folder = Path(args.output_dir, "checkpoints")
+            raise UserError(checkpoint, "no checkpoint of this run", f"give one of {folder}")
+        read_state(checkpoint)
+        return checkpoint
+    for checkpoint in reversed(checkpoints):
+        try:
+            read_state(checkpoint)
+        except UserError as error:
+            where, problem, _ = error.parts
+            note(f"{where}: {problem}; the checkpoint before it is used")
+            continue
+        note(f"resuming from {checkpoint}")
+        return checkpoint
+    note("resuming from the start, for there is no whole checkpoint yet")
+    return None
+
+
+def read_state(checkpoint: Path) -> dict:
+    """Return the content of a checkpoint's state.json, having checked all of its files.
+
+    Raises:
+        UserError: one is missing, torn, or not what was written.
+    """
+    try:
+        content = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or _sealed(content) != content:
+            raise ValueError(f"{STATE} was changed")
+        for name in (ADAPTER_WEIGHTS, OPTIMIZER):
+            if file_sha256(checkpoint / name) != content["files"][name]:
+                raise ValueError(f"{name} is torn or was changed")
+    except OSError as error:
+        problem = f"{Path(error.filename).name}: {error.strerror}"
+    except (ValueError, TypeError, KeyError) as error:
+        problem = str(error)
+    else:
+        return content
+    raise UserError(checkpoint, f"damaged checkpoint ({problem})", "give another one")
 
 
 def load_checkpoint(checkpoint: Path, model, optimizer) -> dict:
     """Put a checkpoint into a fresh model and optimizer and return its state.
 
     Raises:
-        UserError: a file of it is missing, broken or of another model.
+        UserError: a file of it is damaged, or of another model.
     """
+    content = read_state(checkpoint)
     try:
-        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
         tensors = load_file(checkpoint / OPTIMIZER)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(checkpoint, f"unusable checkpoint ({error})", "give another one") from None
+    except SafetensorError as error:
+        raise UserError(checkpoint, f"damaged checkpoint ({error})", "give another one") from None
     load_adapter_weights(model, checkpoint / ADAPTER_WEIGHTS)
-    numbers = state.pop("optimizer")
+    numbers = content["optimizer"]
     for name, parameter in _trainable(model):
         if name not in numbers:  # nothing has been stepped yet
             continue
@@ -69,31 +217,116 @@ def load_checkpoint(checkpoint: Path, model, optimizer) -> dict:
             buffer.copy_(moment)
             moments[key] = buffer
         optimizer.state[parameter] = {"step": numbers[name]} | moments
+    state = {name: content[name] for name in first_state()}
+    if state["best_step"] not in (None, state["completed_steps"]):
+        try:
+            read_state(checkpoint_folder(checkpoint.parent.parent, state["best_step"]))
+        except UserError as error:
+            where, problem, _ = error.parts
+            note(f"{where}: {problem}; it was the best, which is chosen anew from here on")
+            state |= {"best_step": None, "best_value": None}
     return state
 
 
-def rotate_checkpoints(folder: Path, best_step: int | None, save_total_limit: int | None) -> None:
-    """Remove all but the newest `save_total_limit` checkpoints and the best one."""
-    steps = sorted(p for p in folder.glob("step-*") if p.suffix != ".tmp")
-    for old in steps[: -save_total_limit if save_total_limit else 0]:
-        if best_step is None or old.name != _name(best_step):
-            shutil.rmtree(old)
+def set_later_ones_aside(output_dir: Path, completed_steps: int) -> None:
+    """Rename checkpoints of after the state that a run goes on from: its own will come again.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    for later in _checkpoints(output_dir):
+        if int(later.name[5:]) > completed_steps:
+            aside = later.with_name(later.name + ASIDE)
+            with writing(aside):
+                shutil.rmtree(aside, ignore_errors=True)
+                os.rename(later, aside)
+            note(f"{later} is of after that; kept as {aside.name}")
+
+
+def give_up(accelerator, output_dir: Path, model, optimizer, state: dict) -> None:
+    """Save the state of the last update that was not skipped, and complain.
+
+    The weights are still those; set back are the counts, so that a resumed run tries again.
+
+    Raises:
+        UserError: always.
+    """
+    completed = state["completed_steps"]
+    good = completed - state["skipped_in_a_row"]
+    on_main_process(accelerator, set_later_ones_aside, output_dir, good)
+    advice = "lower --learning_rate, or look at these articles"
+    if good:
+        state = state | {
+            "completed_steps": good,
+            "evaluated_steps": min(good, state["evaluated_steps"]),
+            "skipped_steps": state["skipped_steps"] - state["skipped_in_a_row"],
+            "skipped_in_a_row": 0,
+            "best_step": state["best_step"] and min(good, state["best_step"]),
+        }
+        on_main_process(accelerator, save_checkpoint, output_dir, model, optimizer, state)
+        advice += f"; {checkpoint_folder(output_dir, good)} is as before, for --resume_anyway"
+    updates = f"updates {good + 1:,} to {completed:,}"
+    raise UserError(output_dir, f"the loss or gradient of {updates} is not finite", advice)
 
 
 def save_adapter(model, state: dict, output_dir: Path) -> None:
-    """Write the run's adapter: that of the best checkpoint, or the last where none was judged."""
+    """Write the run's adapter: that of the best checkpoint, or the last where none was judged.
+
+    Raises:
+        UserError: the best checkpoint is damaged, or the folder cannot be written.
+    """
     if state["best_step"] not in (None, state["completed_steps"]):
-        best = output_dir / "checkpoints" / _name(state["best_step"])
+        best = checkpoint_folder(output_dir, state["best_step"])
+        read_state(best)
         load_adapter_weights(model, best / ADAPTER_WEIGHTS)
-    model.save_pretrained(output_dir, save_embedding_layers=False)
     run_config = read_run_config(str(output_dir))
     run_config["adapter_step"] = state["best_step"] or state["completed_steps"]
-    write_json(output_dir / RUN_CONFIG, run_config)
-    (output_dir / "README.md").write_text(model_card(run_config), encoding="utf-8")
+    # First where nothing looks for it: under its own name, the adapter is always whole.
+    temporary = output_dir / f"adapter{UNFINISHED}"
+    tensors = adapter_state_dict(model)
+    try:
+        with writing(output_dir / ADAPTER_WEIGHTS, _num_bytes(tensors)), _safetensors_errors():
+            model.save_pretrained(temporary, save_embedding_layers=False)
+            for path in temporary.iterdir():
+                flush(path)
+            (temporary / "README.md").write_text(model_card(run_config), encoding="utf-8")
+            write_json(output_dir / RUN_CONFIG, run_config)
+            for path in sorted(temporary.iterdir(), key=lambda path: path.name == ADAPTER_WEIGHTS):
+                os.replace(path, output_dir / path.name)  # the weights last: then all is there
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _name(step: int) -> str:
-    return f"step-{step:06d}"
+def checkpoint_folder(output_dir: Path, step: int) -> Path:
+    return output_dir / "checkpoints" / f"step-{step:06d}"
+
+
+def _checkpoints(output_dir: Path) -> list[Path]:
+    """Return the folders of complete checkpoints, oldest first."""
+    folders = (output_dir / "checkpoints").glob("step-*")
+    return sorted((p for p in folders if p.name[5:].isdecimal()), key=lambda p: int(p.name[5:]))
+
+
+def _differences(recorded: dict, current: dict) -> list[str]:
+    """Return what would make a resumed run another run."""
+    free = ("output_dir", "resume_from_checkpoint", "resume_anyway", "max_time", "report_to")
+    free += ("save_total_limit", "per_device_train_batch_size", "gradient_accumulation_steps")
+    # Of these, the contents are compared.
+    free += ("train_file", "validation_file", "prompt_file", "model_name_or_path")
+    before = {k: v for k, v in recorded["arguments"].items() if k not in free}
+    after = {k: v for k, v in current["arguments"].items() if k not in free}
+    for key in ("base_fingerprint", "prompt", "articles_per_update"):
+        before[key], after[key] = recorded[key], current[key]
+    for which, record in ((before, recorded), (after, current)):
+        which["data"] = {split: file["sha256"] for split, file in record["data"].items()}
+    return [f"{k} {before.get(k)!r}, now {v!r}" for k, v in after.items() if before.get(k) != v]
+
+
+def _sealed(content: dict) -> dict:
+    """Return the content of a state.json with the hash of all else in it."""
+    content = {name: value for name, value in content.items() if name != "sha256"}
+    text = json.dumps(content, sort_keys=True)
+    return content | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def _trainable(model):
@@ -101,7 +334,7 @@ def _trainable(model):
 
 
 def _optimizer_state(model, optimizer) -> tuple[dict, dict]:
-    """Return AdamW's moments and step counts by parameter name (its own state goes by position)."""
+    """Return AdamW's step counts and moments by parameter name (its own state goes by position)."""
     tensors, numbers = {}, {}
     for name, parameter in _trainable(model):
         state = optimizer.state[parameter]
@@ -109,16 +342,22 @@ def _optimizer_state(model, optimizer) -> tuple[dict, dict]:
             continue
         numbers[name] = state["step"]
         tensors |= {f"{name}.{key}": state[key] for key in ("state1", "state2")}
-    return tensors, numbers
+    return numbers, tensors
 
 
-def _on_cpu(tensors: dict) -> dict:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+def _save_tensors(tensors: dict, file: Path) -> None:
+    with writing(file, _num_bytes(tensors)), _safetensors_errors():
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, file)
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _num_bytes(tensors: dict) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+@contextmanager
+def _safetensors_errors():
+    """The library has an exception of its own for what the system says."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        yield
+    except SafetensorError as error:
+        raise OSError(str(error)) from None

@@ -1,13 +1,16 @@
 """What an exit code of the scripts means, and how a complaint reaches the user: in one line."""
 
 import os
+import shutil
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 DONE = 0
 BUG = 1  # what Python itself returns after a traceback
-USER_ERROR = 2  # the user must change something; nothing was written
-STOPPED = 75  # reserved: stopped with a complete checkpoint, to be run again (EX_TEMPFAIL)
+USER_ERROR = 2  # the user must change something
+STOPPED = 75  # stopped when asked, with nothing lost: run the same command again (EX_TEMPFAIL)
+INTERRUPTED = 130  # Ctrl-C before there was anything to lose, as a shell has it
 
 
 class UserError(Exception):
@@ -15,12 +18,42 @@ class UserError(Exception):
 
     def __init__(self, where, problem: str, advice: str):
         super().__init__(f"{where}: {problem}; {advice}")
+        self.parts = (str(where), problem, advice)
+
+
+class WriteError(UserError):
+    """A file that cannot be written, which one process may meet alone."""
+
+
+def is_first_process() -> bool:
+    """Return whether this is the only process, or the first of those that were launched."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def note(text: str) -> None:
     """Print what the user may want to know but need not act on; once, whatever the processes."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process():
         print(f"NOTE: {text}", flush=True)
+
+
+@contextmanager
+def writing(path, needed: int | None = None):
+    """Tell an error of the file system as a complaint: which file, and how many bytes it needs.
+
+    Raises:
+        WriteError: an OSError inside, such as a full disk, a quota or a limit on a file's size.
+    """
+    try:
+        yield
+    except OSError as error:
+        problem = error.strerror or str(error)
+        if needed is not None:
+            folder = next(p for p in (Path(path), *Path(path).absolute().parents) if p.is_dir())
+            free = shutil.disk_usage(folder).free
+            problem += f": {needed:,} bytes needed, {free:,} free"
+        raise WriteError(
+            path, f"cannot be written ({problem})", "mend that and run the same command again"
+        ) from None
 
 
 def run(main) -> None:
@@ -28,22 +61,25 @@ def run(main) -> None:
 
     `accelerate launch` answers 1 whatever its script returned, so the code is also written to the
     file that the environment variable EXIT_CODE_FILE names; the launchers pass it on from there.
-    Under several processes every rank meets the same complaint and only the first one prints it.
+    Under several processes every rank meets the same complaint and only the first one tells it; nor
+    do others tell their code, for they may merely have lost the first one.
     """
-    code = BUG
+    code, tell = BUG, is_first_process()
     try:
         code = main() or DONE
     except UserError as error:
-        code = USER_ERROR
-        if os.environ.get("RANK", "0") == "0":
+        code, tell = USER_ERROR, tell or isinstance(error, WriteError)
+        if tell:
             # What it quotes, such as the error of a library, may have lines; a complaint has one.
             print("error:", " ".join(str(error).split("\n")), file=sys.stderr)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
     except SystemExit as exit_request:  # argparse: 0 after --help, 2 after a complaint of its own
         code = exit_request.code or DONE
         if isinstance(code, str):  # sys.exit("what went wrong")
             print(code, file=sys.stderr)
             code = BUG
     finally:
-        if file := os.environ.get("EXIT_CODE_FILE"):
+        if tell and (file := os.environ.get("EXIT_CODE_FILE")):
             Path(file).write_text(f"{code}\n")
     sys.exit(code)

@@ -12,13 +12,16 @@ import csv
 import glob
 import json
 import logging
+import math
 import os
-from collections.abc import Iterator
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from articles import Columns, check_articles, open_articles
-from exit_codes import UserError, note, run
+from exit_codes import STOPPED, UserError, note, run, writing
 from prompting import PROMPTS, Prompt, end_ids, prompt_of_run, read_template
 from run_folder import (
     ADAPTER_WEIGHTS,
@@ -27,12 +30,14 @@ from run_folder import (
     check_model_folder,
     commit,
     file_sha256,
+    locked,
     model_fingerprint,
     note_override,
     read_run_config,
     resolve_model_folder,
     versions,
 )
+from stopping import StopRequest
 
 WINDOW = 2048  # articles that are sorted by length together; bounds what is kept in memory
 
@@ -68,9 +73,10 @@ def parse_args(argv=None):
     add("--max_batch_tokens", type=int, default=8192, help="articles together: prompts and titles")
     add = parser.add_argument_group("output").add_argument
     add("--output_file", required=True, help="CSV with ID,titles; a JSONL with details beside it")
+    add("--max_time", type=float, help="minutes after which to stop, with exit code 75")
     args = parser.parse_args(argv)
-    for name in ("max_length", "max_new_tokens", "max_batch_tokens"):
-        if (value := getattr(args, name)) is not None and value <= 0:
+    for name in ("max_length", "max_new_tokens", "max_batch_tokens", "max_time"):
+        if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
             parser.error(f"--{name} {value}: give a number above 0")
     if not args.run_dir and not args.model_name_or_path:
         parser.error("give --run_dir, or --model_name_or_path for a model as it is")
@@ -112,8 +118,15 @@ def main(argv=None):
     }
     if is_complete(output_file, record):
         print(f"{args.output_file} is there already, made with the same settings: nothing to do")
-        return
+        return None
 
+    lock = output_file.with_suffix(".lock")
+    with locked(lock, args.output_file), StopRequest(args.max_time) as stop:
+        return infer(args, columns, source, base_folder, settings, record, stop)
+
+
+def infer(args, columns, source, base_folder, settings, record, stop):
+    """Write the titles that the checked arguments ask for; return STOPPED if `stop` was asked."""
     # These take seconds to import, which a complaint about the input should not have to wait for.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of optional kernels not installed
     import torch
@@ -138,56 +151,108 @@ def main(argv=None):
         model = attach_adapter(model, source["adapter"])
 
     # ------------------------------------------------------------------ write titles
-    articles = open_articles(args.input_file, columns, "test")
+    articles, output_file = open_articles(args.input_file, columns, "test"), Path(args.output_file)
     rank, world_size = accelerator.process_index, accelerator.num_processes
     with accelerator.main_process_first():  # which cuts off a torn last line
-        done = read_parts(output_file, record)
+        parts = Parts(output_file, record, len(articles))
     accelerator.wait_for_everyone()  # all have read the parts before one of them grows
-    rows = [i for i in range(len(articles)) if i not in done][rank::world_size]
-    if done:
-        note(f"going on after {len(done):,} titles of an earlier run")
-    progress_bar = tqdm(total=len(rows), unit="article")
-    with open(part_file(output_file, rank), "a", encoding="utf-8") as part:
+    if parts.num_done:
+        note(f"going on after {parts.num_done:,} titles of an earlier run")
+    stop.listen()
+    progress_bar = tqdm(total=len(articles), initial=parts.num_done, unit="article")
+    with open(part_file(output_file, rank), "ab", buffering=0) as part:
         if part.tell() == 0:
-            part.write(json.dumps(record) + "\n")
-        for start in range(0, len(rows), WINDOW):
-            window = rows[start : start + WINDOW]
-            chunk = articles[window]
-            with accelerator.autocast():
-                for index, title in generate_titles(
-                    model, prompt, chunk["text"], record["max_new_tokens"], args.max_batch_tokens
-                ):
-                    row = {"index": window[index], "id": chunk["id"][index]} | asdict(title)
-                    part.write(json.dumps(row, ensure_ascii=False) + "\n")
-                    progress_bar.update()
-                    part.flush()
+            write_line(part, record)
+        # Windows and their batches are those of the whole file, whatever is done already and
+        # however many processes there are: the rounding of a title depends on its batch.
+        for start in range(0, len(articles), WINDOW):
+            window = range(start, min(start + WINDOW, len(articles)))
+            if all(map(parts.is_done, window)):
+                continue
+            chunk = articles[list(window)]
+            prompts = [prompt.encode(article).ids for article in chunk["text"]]
+            batches = make_batches(prompts, record["max_new_tokens"], args.max_batch_tokens)
+            for number, batch in enumerate(batches):
+                missing = {row for row in batch if not parts.is_done(start + row)}
+                if number % world_size == rank and missing:
+                    with accelerator.autocast():
+                        titles = generate_batch(
+                            model, prompt, [prompts[row] for row in batch], record["max_new_tokens"]
+                        )
+                    for row, title in zip(batch, titles, strict=True):
+                        if row in missing:
+                            line = {"index": start + row, "id": chunk["id"][row]} | asdict(title)
+                            write_line(part, line, len(articles) - parts.num_done)
+                if accelerator.is_main_process:
+                    progress_bar.update(len(missing))  # the others are about as far
+                if missing and stop.asked():  # after a batch, so that every start gets on
+                    break
+            if stop.asked():
+                break
     progress_bar.close()
-    accelerator.wait_for_everyone()
+    num_asked = accelerator.reduce(torch.tensor(float(stop.asked()), device=accelerator.device))
+    if num_asked:
+        if accelerator.is_main_process:
+            done = Parts(output_file, record, len(articles)).num_done
+            print(f"stopped after {done:,} of {len(articles):,} titles; the same command goes on")
+        accelerator.end_training()
+        return STOPPED
     if accelerator.is_main_process:
-        cut = join_parts(output_file, record, len(articles))
+        cut = Parts(output_file, record, len(articles)).join()
         print(f"done: {len(articles):,} titles in {args.output_file}, {cut:,} cut by the limit")
     accelerator.end_training()
+    return None
 
 
 def generate_titles(
-    model, prompt, articles: list[str], max_new_tokens=None, max_batch_tokens: int = 8192
+    model,
+    prompt,
+    articles: list[str],
+    max_new_tokens: int | None = None,
+    max_batch_tokens: int = 8192,
+    stop_asked: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[int, Title]]:
-    """Yield `(index in articles, Title)`, longest articles first, by greedy decoding.
+    """Yield `(index in articles, Title)`, longest articles first.
 
     Args:
         model: in evaluation mode, on its device; with or without an adapter.
         prompt: a `prompting.Prompt`.
         articles: their texts.
         max_new_tokens: limit of a title, EOS included (default: what the prompt keeps free).
-        max_batch_tokens: a batch holds so many tokens at the most, padding and titles included,
-            and at least one article.
+        max_batch_tokens: as in `make_batches`.
+        stop_asked: looked at before each batch; once true, no more come.
     """
+    max_new_tokens = max_new_tokens or prompt.max_title_tokens
+    prompts = [prompt.encode(article).ids for article in articles]
+    for batch in make_batches(prompts, max_new_tokens, max_batch_tokens):
+        if stop_asked():
+            return
+        titles = generate_batch(model, prompt, [prompts[row] for row in batch], max_new_tokens)
+        yield from zip(batch, titles, strict=True)
+
+
+def make_batches(
+    prompts: list[list[int]], max_new_tokens: int, max_batch_tokens: int
+) -> list[list[int]]:
+    """Return the indices of the prompts in batches, from long to short.
+
+    A batch holds `max_batch_tokens` tokens at the most, padding and titles included, and at least
+    one article.
+    """
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    batches = []
+    while order:
+        size = max(1, max_batch_tokens // (len(prompts[order[0]]) + max_new_tokens))
+        batches.append(order[:size])
+        order = order[size:]
+    return batches
+
+
+def generate_batch(model, prompt, prompts: list[list[int]], max_new_tokens: int) -> list[Title]:
+    """Return a title for each prompt, by greedy decoding of all of them together."""
     import torch
     from transformers import GenerationConfig
 
-    max_new_tokens = max_new_tokens or prompt.max_title_tokens
-    prompts = [prompt.encode(article).ids for article in articles]
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     eos = end_ids(prompt.tokenizer, base.generation_config)
     # From scratch: repositories ship sampling, and penalties that count the article's own words.
@@ -200,34 +265,32 @@ def generate_titles(
         pad_token_id=prompt.tokenizer.eos_token_id,  # never seen: masked before, cut off after
         use_cache=True,
     )
-    while order:
-        longest = len(prompts[order[0]])
-        size = max(1, max_batch_tokens // (longest + max_new_tokens))
-        batch, order = order[:size], order[size:]
-        input_ids = torch.full((len(batch), longest), config.pad_token_id)
-        mask = torch.zeros_like(input_ids)
-        for row, index in enumerate(batch):  # padded on the left, whatever the tokenizer's habit
-            input_ids[row, longest - len(prompts[index]) :] = torch.tensor(prompts[index])
-            mask[row, longest - len(prompts[index]) :] = 1
-        with torch.no_grad():
-            output = base.generate(
-                input_ids=input_ids.to(base.device),
-                attention_mask=mask.to(base.device),
-                generation_config=config,
-            )
-        for index, new_ids in zip(batch, output[:, longest:].tolist(), strict=True):
-            end = next((n for n, token in enumerate(new_ids) if token in eos), None)
-            yield (
-                index,
-                Title(
-                    title=prompt.decode(new_ids[:end]),
-                    raw=prompt.tokenizer.decode(
-                        new_ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
-                    ),
-                    num_new_tokens=len(new_ids) if end is None else end + 1,
-                    stopped_by="length" if end is None else "eos",
+    longest = max(map(len, prompts))
+    input_ids = torch.full((len(prompts), longest), config.pad_token_id)
+    mask = torch.zeros_like(input_ids)
+    for row, ids in enumerate(prompts):  # padded on the left, whatever the tokenizer's habit
+        input_ids[row, longest - len(ids) :] = torch.tensor(ids)
+        mask[row, longest - len(ids) :] = 1
+    with torch.no_grad():
+        output = base.generate(
+            input_ids=input_ids.to(base.device),
+            attention_mask=mask.to(base.device),
+            generation_config=config,
+        )
+    titles = []
+    for new_ids in output[:, longest:].tolist():
+        end = next((n for n, token in enumerate(new_ids) if token in eos), None)
+        titles.append(
+            Title(
+                title=prompt.decode(new_ids[:end]),
+                raw=prompt.tokenizer.decode(
+                    new_ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
                 ),
+                num_new_tokens=len(new_ids) if end is None else end + 1,
+                stopped_by="length" if end is None else "eos",
             )
+        )
+    return titles
 
 
 def find_model(args) -> dict:
@@ -345,55 +408,104 @@ def part_files(output_file: Path) -> list[Path]:
     return sorted(output_file.parent.glob(f"{glob.escape(output_file.stem)}.part-*.jsonl"))
 
 
-def read_parts(output_file: Path, record: dict) -> dict[int, str]:
-    """Return the whole lines of all parts by row index; a torn last line is cut off.
+def write_line(part, content: dict, num_left: int = 1) -> None:
+    """Append one of `num_left` lines of JSON to a part, an unbuffered file in binary mode.
 
     Raises:
-        UserError: a part was made with other settings.
+        UserError: the disk is full, or cannot be written for another reason.
     """
-    lines = {}
-    for part in part_files(output_file):
-        with part.open(encoding="utf-8", newline="\n") as stream:
-            content = list(stream)  # lines end in \n alone: titles may hold other separators
-        whole = [line for line in content if line.endswith("\n")]
-        if whole and not same_settings(whole[0], record):
-            raise UserError(
-                part, "an unfinished run had other settings", "remove it, or go on with those"
-            )
-        if whole != content:
-            part.write_text("".join(whole), encoding="utf-8")
-        lines |= {json.loads(line)["index"]: line for line in whole[1:]}
-    return lines
+    line = (json.dumps(content, ensure_ascii=False) + "\n").encode()
+    with writing(part.name, num_left * len(line)):
+        while line:
+            line = line[part.write(line) :]
 
 
-def join_parts(output_file: Path, record: dict, num_articles: int) -> int:
-    """Write CSV and JSONL in input order, remove the parts, return how many titles were cut.
+class Parts:
+    """What the parts of an output file hold so far: where the line of each article stands.
 
-    Both appear under their names only when they are whole.
+    A torn last line is cut off. Memory does not grow with the titles, only by 10 bytes an article.
+
+    Raises:
+        UserError: a part was made with other settings, or is damaged.
     """
-    lines = read_parts(output_file, record)
-    if missing := set(range(num_articles)) - lines.keys():
-        raise RuntimeError(f"{len(missing)} articles have no title, among them row {min(missing)}")
-    details, cut = output_file.with_suffix(".jsonl"), 0
-    csv_temporary, jsonl_temporary = (Path(f"{path}.tmp") for path in (output_file, details))
-    with (
-        csv_temporary.open("w", encoding="utf-8", newline="") as csv_stream,
-        jsonl_temporary.open("w", encoding="utf-8") as jsonl_stream,
-    ):
-        writer = csv.writer(csv_stream, lineterminator="\n")
-        writer.writerow(["ID", "titles"])
-        jsonl_stream.write(json.dumps(record) + "\n")
-        for index in range(num_articles):
-            row = json.loads(lines[index])
-            writer.writerow([row["id"], row["title"]])
-            cut += row["stopped_by"] == "length"
-            del row["index"]
-            jsonl_stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(jsonl_temporary, details)
-    os.replace(csv_temporary, output_file)
-    for part in part_files(output_file):
-        part.unlink()
-    return cut
+
+    def __init__(self, output_file: Path, record: dict, num_articles: int):
+        self.output_file, self.record = output_file, record
+        self.files = part_files(output_file)
+        self.offsets = array("q", [-1]) * num_articles  # of the lines in their files
+        self.numbers = array("h", [0]) * num_articles  # of the files
+        for number, file in enumerate(self.files):
+            end = 0
+            with file.open("rb") as stream:
+                for line in stream:
+                    if not line.endswith(b"\n"):  # torn
+                        break
+                    if end:
+                        index = self._index(file, line)
+                        self.offsets[index], self.numbers[index] = end, number
+                    elif not same_settings(line, record):
+                        raise UserError(
+                            file,
+                            "an unfinished run had other settings",
+                            "remove it, or go on with those",
+                        )
+                    end += len(line)
+            if end < file.stat().st_size:
+                os.truncate(file, end)  # which, unlike writing it anew, needs no room
+        self.num_done = num_articles - self.offsets.count(-1)
+
+    def _index(self, file: Path, line: bytes) -> int:
+        try:
+            index = json.loads(line)["index"]
+            if type(index) is int and 0 <= index < len(self.offsets):
+                return index
+        except (ValueError, TypeError, KeyError):
+            pass
+        raise UserError(file, "this is not a file of titles", "remove it")
+
+    def is_done(self, index: int) -> bool:
+        return self.offsets[index] >= 0
+
+    def join(self) -> int:
+        """Write CSV and JSONL in input order, remove the parts, return how many titles were cut.
+
+        Both appear under their names only when they are whole.
+
+        Raises:
+            UserError: the disk is full, or cannot be written for another reason.
+        """
+        if -1 in self.offsets:
+            missing = self.offsets.index(-1)
+            raise RuntimeError(f"articles have no title, among them row {missing}")
+        details, cut = self.output_file.with_suffix(".jsonl"), 0
+        csv_temporary, jsonl_temporary = (Path(f"{p}.tmp") for p in (self.output_file, details))
+        needed = sum(file.stat().st_size for file in self.files)
+        with ExitStack() as stack:
+            parts = [stack.enter_context(file.open("rb")) for file in self.files]
+            # Removed again where the disk is full, for their room is needed.
+            stack.callback(csv_temporary.unlink, missing_ok=True)
+            stack.callback(jsonl_temporary.unlink, missing_ok=True)
+            stack.enter_context(writing(self.output_file, 2 * needed))
+            csv_stream = stack.enter_context(csv_temporary.open("w", encoding="utf-8", newline=""))
+            jsonl_stream = stack.enter_context(jsonl_temporary.open("w", encoding="utf-8"))
+            writer = csv.writer(csv_stream, lineterminator="\n")
+            writer.writerow(["ID", "titles"])
+            jsonl_stream.write(json.dumps(self.record) + "\n")
+            for offset, number in zip(self.offsets, self.numbers, strict=True):
+                parts[number].seek(offset)
+                row = json.loads(parts[number].readline())
+                writer.writerow([row["id"], row["title"]])
+                cut += row["stopped_by"] == "length"
+                del row["index"]
+                jsonl_stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+            for stream in (csv_stream, jsonl_stream):
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(jsonl_temporary, details)
+            os.replace(csv_temporary, self.output_file)
+        for file in self.files:
+            file.unlink()
+        return cut
 
 
 if __name__ == "__main__":

@@ -5,18 +5,23 @@ it. It holds the adapter, the tokenizer, `run_config.json`, `metrics.jsonl`, a m
 `checkpoints/`. A merged folder is an ordinary model folder with the same `run_config.json`.
 """
 
+import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import platform
 import subprocess
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from exit_codes import UserError, note
+from exit_codes import UserError, is_first_process, note, writing
 
 RUN_CONFIG = "run_config.json"
+METRICS = "metrics.jsonl"
+LOCK = ".lock"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
 SAMPLED_BYTES = 1 << 20  # of each weight file that go into its fingerprint
@@ -52,7 +57,8 @@ def check_output_dir(output_dir: str, own_files: tuple[str, ...] = ()) -> None:
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(output_dir, "this is a file, not a folder", "give another --output_dir")
-    if folder.is_dir() and (others := {p.name for p in folder.iterdir()} - set(own_files)):
+    own_files = {LOCK, *own_files}  # a lock file stays where its run was killed
+    if folder.is_dir() and (others := {p.name for p in folder.iterdir()} - own_files):
         raise UserError(
             output_dir,
             f"the folder is not empty (it holds {sorted(others)[0]})",
@@ -139,63 +145,105 @@ def start_run(args, prompt, base_folder: Path, checked: dict, update_size: int) 
     }
 
 
-def find_checkpoint(args, run_config: dict) -> Path | None:
-    """Return the checkpoint that `--resume_from_checkpoint` asks for; None to begin at the start.
+def write_run(output_dir: Path, run_config: dict, tokenizer, state: dict) -> None:
+    """Write what is known before the first update; keep of older metrics what stays true.
 
     Raises:
-        UserError: there is no such checkpoint, or the run was made with other settings.
+        UserError: the folder cannot be written.
     """
-    if not args.resume_from_checkpoint:
-        return None
-    if not Path(args.output_dir, RUN_CONFIG).is_file():
-        if args.resume_from_checkpoint != "latest":
-            raise UserError(args.resume_from_checkpoint, f"no run in {args.output_dir}", "omit it")
-        check_output_dir(args.output_dir, own_files=(f"{RUN_CONFIG}.tmp",))
-        note(f"no run in {args.output_dir} to resume yet; starting one")
-        return None
-    recorded = read_run_config(args.output_dir)
-    differences = _differences(recorded, run_config)
-    if differences:
-        raise UserError(
-            args.output_dir,
-            f"this run was made with other settings ({'; '.join(differences)})",
-            "give the same ones, or another --output_dir",
-        )
-    before, now = recorded["arguments"], run_config["arguments"]
-    split = ("per_device_train_batch_size", "gradient_accumulation_steps")
-    if now["lora_dropout"] and any(before[name] != now[name] for name in split):
-        note("updates are split in another way now, which changes dropout; the bits will differ")
-    folder = Path(args.output_dir, "checkpoints")
-    if args.resume_from_checkpoint != "latest":
-        checkpoint = Path(args.resume_from_checkpoint)
-        if checkpoint.parent.resolve() != folder.resolve() or not checkpoint.is_dir():
-            raise UserError(checkpoint, "no checkpoint of this run", f"give one of {folder}")
-        return checkpoint
-    checkpoint = max((p for p in folder.glob("step-*") if p.suffix != ".tmp"), default=None)
-    note(f"resuming from {checkpoint or 'the start, for there is no checkpoint yet'}")
-    return checkpoint
+    with writing(output_dir):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(output_dir / RUN_CONFIG, run_config)
+        tokenizer.save_pretrained(output_dir)
+        metrics = output_dir / METRICS
+        lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+        temporary = metrics.with_suffix(".tmp")
+        temporary.write_text("".join(line for line in lines if _still_true(line, state)))
+        os.replace(temporary, metrics)
 
 
-def write_run(output_dir: Path, run_config: dict, tokenizer, completed_steps: int) -> None:
-    """Write what is known before the first update; keep of older metrics what stays true."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(output_dir / RUN_CONFIG, run_config)
-    tokenizer.save_pretrained(output_dir)
-    metrics = output_dir / "metrics.jsonl"
-    lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-    whole = (line for line in lines if line.endswith("\n"))
-    kept = [line for line in whole if json.loads(line)["step"] <= completed_steps]
-    temporary = metrics.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, metrics)
+def _still_true(line: str, state: dict) -> bool:
+    """Return whether a row of metrics.jsonl is of before the state that a run goes on from."""
+    if not line.endswith("\n"):  # torn
+        return False
+    try:
+        row = json.loads(line)
+        return row["step"] <= state["evaluated_steps" if "eval_loss" in row else "completed_steps"]
+    except (ValueError, TypeError, KeyError):  # damaged
+        return False
 
 
 def log_metrics(accelerator, output_dir: Path, metrics: dict) -> None:
     """Append a row to metrics.jsonl and hand it to the trackers, on the main process."""
     if accelerator.is_main_process:
-        with open(output_dir / "metrics.jsonl", "a", encoding="utf-8") as stream:
-            stream.write(json.dumps(metrics) + "\n")
+        # JSON knows no NaN: what is not a number is null.
+        row = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        line = json.dumps(row, allow_nan=False) + "\n"
+        with (
+            writing(output_dir / METRICS, len(line)),
+            open(output_dir / METRICS, "a", encoding="utf-8") as stream,
+        ):
+            stream.write(line)
     accelerator.log(metrics, step=metrics["step"])
+
+
+def flush(path: Path) -> None:
+    """Have a file or folder on the disk before going on, so that a crash cannot lose it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def locked(file: Path, what: str):
+    """Keep a second run away from what this one writes, by a lock on `file`, which goes with it.
+
+    The system drops the lock when the process ends, however it ends. Only the first process takes
+    it. Folders that are made for the file and still empty at the end are removed again.
+
+    Raises:
+        UserError: another run holds it, or the file cannot be written.
+    """
+    if not is_first_process():
+        yield
+        return
+    made = [folder for folder in file.absolute().parents if not folder.exists()]
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _lock(file, what)
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        os.close(descriptor)
+        for folder in made:
+            with suppress(OSError):  # there is something in it
+                folder.rmdir()
+
+
+def _lock(file: Path, what: str) -> int:
+    """Return a descriptor that holds the lock of a file, which says who holds it."""
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 200).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise UserError(
+                what, f"another run is writing there ({holder})", "wait for it, or write elsewhere"
+            ) from None
+        except OSError as error:  # some network file systems have none
+            note(f"no lock on {file} ({error.strerror}); do not start a second run there")
+        # The holder may have removed the file after it was opened here: that lock locks nothing.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(file)):
+                os.truncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode())
+                return descriptor
+        os.close(descriptor)
 
 
 def model_card(run_config: dict) -> str:
@@ -288,20 +336,6 @@ def check_base(folder: Path, name: str, expected: str, run_dir: str) -> None:
             f"this is not the base that {run_dir} was trained on",
             "give that one with --model_name_or_path",
         )
-
-
-def _differences(recorded: dict, current: dict) -> list[str]:
-    """Return what would make a resumed run another run."""
-    free = ("output_dir", "resume_from_checkpoint", "report_to", "save_total_limit")
-    free += ("per_device_train_batch_size", "gradient_accumulation_steps", "model_name_or_path")
-    free += ("train_file", "validation_file", "prompt_file")  # their contents are compared
-    before = {k: v for k, v in recorded["arguments"].items() if k not in free}
-    after = {k: v for k, v in current["arguments"].items() if k not in free}
-    for key in ("base_fingerprint", "prompt", "articles_per_update"):
-        before[key], after[key] = recorded[key], current[key]
-    for which, record in ((before, recorded), (after, current)):
-        which["data"] = {split: file["sha256"] for split, file in record["data"].items()}
-    return [f"{k} {before.get(k)!r}, now {v!r}" for k, v in after.items() if before.get(k) != v]
 
 
 def file_sha256(file: Path) -> str:

@@ -17,18 +17,22 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from articles import Columns, check_articles, open_articles
-from exit_codes import note, run
+from exit_codes import STOPPED, note, run
 from prompting import PROMPTS, Prompt, read_template
 from run_folder import (
+    LOCK,
     check_model_folder,
     check_output_dir,
     check_tracker,
-    find_checkpoint,
+    locked,
     log_metrics,
     resolve_model_folder,
     start_run,
     write_run,
 )
+from stopping import StopRequest
+
+MAX_SKIPPED_IN_A_ROW = 5  # updates whose gradient is not finite, before the run gives up
 
 
 def parse_args(argv=None):
@@ -69,6 +73,8 @@ def parse_args(argv=None):
     add("--checkpointing_steps", type=int, help="a checkpoint every N updates too")
     add("--save_total_limit", type=int, help="newest checkpoints to keep, beside the best")
     add("--resume_from_checkpoint", help="'latest' or a checkpoint of this run")
+    add("--resume_anyway", action="store_true", help="even with other settings or data")
+    add("--max_time", type=float, help="minutes after which to save, and stop with exit code 75")
     add("--metric_for_best_model", choices=["loss", "rougeL"], default="loss", help="validation's")
     add("--num_eval_titles", type=int, default=32, help="validation titles to write and score")
     add("--report_to", choices=["none", "tensorboard", "wandb"], default="none", help="tracker")
@@ -81,7 +87,7 @@ def parse_args(argv=None):
         elif name in ("seed", "num_eval_titles"):
             if not 0 <= value < 2**32:  # numpy takes no larger seed
                 parser.error(f"--{name} {value}: give a number from 0 to below 2**32")
-        elif type(value) in (int, float) and not value > 0:
+        elif type(value) in (int, float) and not 0 < value < math.inf:
             parser.error(f"--{name} {value}: give a number above 0")
     if args.metric_for_best_model == "rougeL" and args.num_eval_titles == 0:
         parser.error("--metric_for_best_model rougeL: needs --num_eval_titles above 0")
@@ -102,6 +108,12 @@ def main(argv=None):
     if args.validation_file:
         checked["validation"] = check_articles(args.validation_file, columns, "validation")
 
+    with locked(Path(args.output_dir, LOCK), args.output_dir), StopRequest(args.max_time) as stop:
+        return train(args, columns, template, checked, stop)
+
+
+def train(args, columns, template, checked, stop):
+    """Run the training that the checked arguments ask for; return STOPPED if `stop` was asked."""
     # These take seconds to import, which a complaint about the input should not have to wait for.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of optional kernels not installed
     import torch
@@ -111,7 +123,17 @@ def main(argv=None):
     from peft import LoraConfig, get_peft_model
 
     from batching import deal, dropout_seed, epoch_order, pad_left
-    from checkpoints import load_checkpoint, rotate_checkpoints, save_adapter, save_checkpoint
+    from checkpoints import (
+        find_checkpoint,
+        first_state,
+        give_up,
+        load_checkpoint,
+        on_main_process,
+        record_evaluation,
+        save_adapter,
+        save_checkpoint,
+        set_later_ones_aside,
+    )
     from memory import peak_memory
     from modeling import check_targets, load_base, load_tokenizer
     from plan import describe_plan, measure_lengths
@@ -177,14 +199,14 @@ def main(argv=None):
     num_warmup_steps = math.ceil(args.warmup_ratio * num_training_steps)
 
     # ------------------------------------------------------------------ prepare
-    state = {"completed_steps": 0, "best_step": None, "best_value": None}
+    state = first_state()
     model, optimizer = accelerator.prepare(model, paged_adamw)
     unwrapped = accelerator.unwrap_model(model)
     if checkpoint is not None:
         # After prepare, which would copy paged states into ordinary GPU memory.
         state = load_checkpoint(checkpoint, unwrapped, paged_adamw)
-    if accelerator.is_main_process:
-        write_run(output_dir, run_config, tokenizer, state["completed_steps"])
+    on_main_process(accelerator, set_later_ones_aside, output_dir, state["completed_steps"])
+    on_main_process(accelerator, write_run, output_dir, run_config, tokenizer, state)
     accelerator.init_trackers("manchette", {k: str(v) for k, v in vars(args).items()})
     plan = describe_plan(
         args,
@@ -200,9 +222,31 @@ def main(argv=None):
     accelerator.print(plan, flush=True)
 
     # ------------------------------------------------------------------ train
+    def milestone(step: int) -> bool:
+        """Return whether a checkpoint and an evaluation are due after so many updates."""
+        every = args.checkpointing_steps or updates_per_epoch
+        return step == num_training_steps or 0 in (step % updates_per_epoch, step % every)
+
+    def evaluate_and_record() -> bool:
+        """Return whether the evaluation of the newest checkpoint came to its end."""
+        if validation_articles is not None and not evaluate(
+            accelerator, model, prompt, validation_articles, args, state, stop
+        ):
+            return False
+        state["evaluated_steps"] = state["completed_steps"]
+        limit = args.save_total_limit
+        on_main_process(accelerator, record_evaluation, output_dir, state, limit)
+        return True
+
+    stop.listen()  # from here on there is something to lose
     model.train()
     progress_bar = tqdm(total=num_training_steps, initial=state["completed_steps"], unit="update")
+    stopping = False
+    if state["evaluated_steps"] < state["completed_steps"] and milestone(state["completed_steps"]):
+        stopping = not evaluate_and_record()  # for the run was stopped before or in it
     for step in range(state["completed_steps"], num_training_steps):
+        if stopping:
+            break
         start_time = time.perf_counter()
         epoch, update = divmod(step, updates_per_epoch)
         order = epoch_order(len(train_articles), args.seed, epoch)
@@ -234,7 +278,10 @@ def main(argv=None):
                 accelerator.backward(loss * accelerator.num_processes / num_title_tokens)
             loss_sum += loss.detach()
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        if finite := bool(grad_norm.isfinite()):  # the same on every process
+        # Sums over the processes: all skip this update, or none; all stop after it, or none.
+        sums = accelerator.reduce(torch.stack([loss_sum, loss_sum.new_tensor(stop.asked())]))
+        loss, num_asked = sums[0].item() / num_title_tokens, sums[1].item()
+        if finite := math.isfinite(loss) and bool(grad_norm.isfinite()):
             optimizer.step()
         optimizer.zero_grad()
         # --------------------------------------------------------------
@@ -242,7 +289,7 @@ def main(argv=None):
         metrics = {
             "step": step + 1,
             "epoch": epoch + (update + 1) / updates_per_epoch,
-            "loss": accelerator.reduce(loss_sum).item() / num_title_tokens,
+            "loss": loss,
             "learning_rate": optimizer.param_groups[0]["lr"],
             "grad_norm": grad_norm.item(),  # before clipping
             "skipped": not finite,
@@ -251,35 +298,43 @@ def main(argv=None):
             "tokens": sum(len(example.ids) for example in examples),  # without padding
             "seconds": time.perf_counter() - start_time,
         }
-        if not finite:
-            note(f"update {step + 1} skipped, its gradient is not finite")
-        state["completed_steps"] = step + 1
         log_metrics(accelerator, output_dir, metrics)
         progress_bar.set_postfix_str(
             f"loss {metrics['loss']:.3f}, lr {metrics['learning_rate']:.1e}, "
             f"{metrics['tokens'] / metrics['seconds']:,.0f} tokens/s"
         )
         progress_bar.update()
+        state["completed_steps"] = step + 1
+        state["skipped_in_a_row"] = 0 if finite else state["skipped_in_a_row"] + 1
+        if not finite:
+            note(f"update {step + 1} skipped, its loss or gradient is not finite")
+            state["skipped_steps"] += 1
+        if state["skipped_in_a_row"] == MAX_SKIPPED_IN_A_ROW:
+            give_up(accelerator, output_dir, unwrapped, paged_adamw, state)
 
-        # After each epoch, every N updates and at the end: evaluate, then save, on all processes.
-        every = args.checkpointing_steps
-        if (update + 1 == updates_per_epoch or step + 1 == num_training_steps) or (
-            every and (step + 1) % every == 0
-        ):
-            if validation_articles is not None:
-                evaluate(accelerator, model, prompt, validation_articles, args, state)
-            if accelerator.is_main_process:
-                folder = output_dir / "checkpoints"
-                save_checkpoint(folder, unwrapped, paged_adamw, state)
-                rotate_checkpoints(folder, state["best_step"], args.save_total_limit)
-            accelerator.wait_for_everyone()
+        # After each epoch, every N updates and at the end, a checkpoint and then an evaluation.
+        stopping = num_asked > 0
+        if stopping or milestone(step + 1):
+            on_main_process(accelerator, save_checkpoint, output_dir, unwrapped, paged_adamw, state)
+        if not stopping and milestone(step + 1):
+            stopping = not evaluate_and_record()
     progress_bar.close()
+    if stopping:
+        accelerator.end_training()
+        accelerator.print(
+            f"stopped after update {state['completed_steps']:,} of {num_training_steps:,}, with a "
+            "checkpoint; the same command with --resume_from_checkpoint latest goes on"
+        )
+        return STOPPED
 
     # ------------------------------------------------------------------ save
-    if accelerator.is_main_process:
-        save_adapter(unwrapped, state, output_dir)
+    on_main_process(accelerator, save_adapter, unwrapped, state, output_dir)
     accelerator.end_training()
-    accelerator.print(f"done: {output_dir}; peak memory {peak_memory(accelerator.device)}")
+    accelerator.print(
+        f"done: {output_dir}; {state['skipped_steps']:,} updates skipped, peak memory "
+        f"{peak_memory(accelerator.device)}"
+    )
+    return None
 
 
 def title_loss(model, batch):
@@ -296,8 +351,10 @@ def title_loss(model, batch):
     )
 
 
-def evaluate(accelerator, model, prompt, articles, args, state) -> None:
+def evaluate(accelerator, model, prompt, articles, args, state, stop) -> bool:
     """Log validation loss and ROUGE-L, show three titles, and note in `state` if this is the best.
+
+    Returns False, and leaves everything as it was, where `stop` was asked meanwhile.
 
     Each process takes its share of the rows; the unwrapped model runs, for the shares may differ
     by a batch and DDP would wait for it.
@@ -311,13 +368,15 @@ def evaluate(accelerator, model, prompt, articles, args, state) -> None:
 
     rank, world_size = accelerator.process_index, accelerator.num_processes
     unwrapped = accelerator.unwrap_model(model).eval()
-    totals = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    totals = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
     with torch.no_grad(), accelerator.autocast():
         mine = list(range(rank, len(articles), world_size))
         for start in range(0, len(mine), 64):
             rows = articles[mine[start : start + 64]]
             examples = list(map(prompt.encode, rows["text"], rows["title"]))
             for micro_batch in deal(examples, args.per_device_train_batch_size):
+                if stop.asked():
+                    break
                 batch = pad_left(micro_batch, accelerator.device)
                 totals[0] += title_loss(unwrapped, batch)
                 totals[1] += sum(example.num_title_ids for example in micro_batch)
@@ -326,11 +385,17 @@ def evaluate(accelerator, model, prompt, articles, args, state) -> None:
         sample = range(0, len(articles), stride)[: args.num_eval_titles]
         rows = articles[list(sample[rank::world_size])]
         budget = args.per_device_train_batch_size * args.max_length  # no more than in training
-        generated = dict(generate_titles(unwrapped, prompt, rows["text"], max_batch_tokens=budget))
-    titles = [(generated[i].title, rows["title"][i]) for i in range(len(generated))]
+        generated = dict(
+            generate_titles(
+                unwrapped, prompt, rows["text"], max_batch_tokens=budget, stop_asked=stop.asked
+            )
+        )
+        totals[2] = stop.asked()
     model.train()
-
-    loss_sum, num_tokens = accelerator.reduce(totals).tolist()
+    loss_sum, num_tokens, num_asked = accelerator.reduce(totals).tolist()
+    if num_asked:
+        return False
+    titles = [(generated[i].title, rows["title"][i]) for i in range(len(generated))]
     figures = {"eval_loss": loss_sum / num_tokens}
     if titles := gather_object(titles):
         predictions, references = zip(*titles, strict=True)
@@ -342,9 +407,9 @@ def evaluate(accelerator, model, prompt, articles, args, state) -> None:
     accelerator.print(", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
     by_loss = args.metric_for_best_model == "loss"
     value = figures["eval_loss"] if by_loss else -figures["eval_rougeL"]  # lower is better
-    best = state["best_value"]
-    if best is None or math.isnan(best) or value < best:
+    if math.isfinite(value) and (state["best_value"] is None or value < state["best_value"]):
         state |= {"best_step": state["completed_steps"], "best_value": value}
+    return True
 
 
 if __name__ == "__main__":

@@ -180,13 +180,13 @@ def train_args(model, news, output_dir, *more) -> list[str]:
     ]
 
 
-def call(main, *argv) -> None:
-    """Call a script's main in this process, as if it was the first to use Accelerate."""
+def call(main, *argv):
+    """Return the code of a script's main, called here as if it was the first to use Accelerate."""
     from accelerate.state import AcceleratorState, PartialState
 
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        main([str(argument) for argument in argv])
+        return main([str(argument) for argument in argv])
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
         PartialState._reset_state()

@@ -4,6 +4,7 @@ python -m pytest tests/test_exit_codes.py
 """
 
 import os
+import re
 import subprocess
 import sys
 
@@ -71,7 +72,30 @@ def test_only_the_first_process_complains(tmp_path, rank, printed):
     done, written = run("raise UserError('a', 'b', 'c')", tmp_path, RANK=rank)
     assert done.stderr == ("error: a: b; c\n" if printed else "")
     assert done.returncode == 2
-    assert written == "2\n"
+    assert written == ("2\n" if printed else None)
+    done, written = run("raise WriteError('a', 'b', 'c')", tmp_path, RANK=rank)  # its own
+    assert (done.stderr, written) == ("error: a: b; c\n", "2\n")
+
+
+def test_an_error_of_the_disk_is_a_complaint_that_names_file_and_room(tmp_path):
+    code = "open('/dev/full', 'w', buffering=1).write('x' * 3000 + chr(10))"
+    done, written = run(f"with writing('a.csv', 3_001): {code}", tmp_path)
+    assert re.fullmatch(
+        r"error: a\.csv: cannot be written \(No space left on device: 3,001 bytes needed, [\d,]+ "
+        r"free\); mend that and run the same command again\n",
+        done.stderr,
+    )
+    assert (done.returncode, written) == (2, "2\n")
+    done, _ = run(f"with writing('a.csv'): {code}", tmp_path)
+    assert done.stderr == (
+        "error: a.csv: cannot be written (No space left on device); mend that and run the same "
+        "command again\n"
+    )
+
+
+def test_ctrl_c_before_there_is_anything_to_lose_is_quiet(tmp_path):
+    done, written = run("raise KeyboardInterrupt", tmp_path)
+    assert (done.returncode, done.stderr, written) == (130, "", "130\n")
 
 
 def test_no_file_is_written_where_none_is_asked_for(tmp_path):

@@ -258,8 +258,9 @@ def test_other_line_separators_in_a_title_are_no_ends_of_lines(tmp_path):
     row = {"id": "a\u2029b", "title": "t", "raw": "un\u2028deux\x85trois", "stopped_by": "eos"}
     line = json.dumps({"index": 0} | row, ensure_ascii=False) + "\n"
     infer.part_file(output_file, 0).write_text(json.dumps(record) + "\n" + line, encoding="utf-8")
-    assert infer.read_parts(output_file, record) == {0: line}
-    assert infer.join_parts(output_file, record, 1) == 0
+    parts = infer.Parts(output_file, record, 1)
+    assert parts.num_done == 1
+    assert parts.join() == 0
     assert details(tmp_path / "p[1].jsonl")[1] == [row]
     assert read_csv(output_file) == [{"ID": "a\u2029b", "titles": "t"}]
     assert not infer.part_files(output_file)

@@ -6,14 +6,19 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, SCRIPTS
+from conftest import ROOT, SCRIPTS, train_args
 
 import infer
 import train
+from exit_codes import STOPPED
 
 LAUNCHERS = ("run_train.sh", "run_infer.sh")
 FAKE_ACCELERATE = """#!/usr/bin/env python3
@@ -176,13 +181,149 @@ def test_launcher_reads_as_agreed(launcher):
     assert len(lines) <= 60
     assert max(map(len, lines)) <= 100
     assert "set -euo pipefail" in lines
-    assert sum("accelerate launch" in line for line in lines if not line.startswith("#")) == 1
+    assert sum("launch scripts/" in line for line in lines if not line.startswith("#")) == 1
     assert len(re.findall(r"^# --- ", text, re.MULTILINE)) == 4  # and the header: five blocks
     directives = [line for line in lines if line.startswith("#SBATCH")]
     assert len(directives) >= 5
     assert all(" # " in line for line in directives)
     assert subprocess.run(["bash", "-n", ROOT / launcher], check=False).returncode == 0
     assert os.access(ROOT / launcher, os.X_OK)
+
+
+# ---------------------------------------------------------------------- stopping and SLURM
+
+
+def wait_until(condition, process):
+    """Wait for what a launcher's script does, but not for ever."""
+    for _ in range(24_000):
+        if condition():
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    raise AssertionError(process.args)
+
+
+@pytest.fixture
+def job(tiny_model, news, tmp_path):
+    """Return a function that starts run_train.sh as sbatch would: a copy, spooled elsewhere.
+
+    What stands in for scontrol notes what it is told.
+    """
+    bin_dir, spooled = tmp_path / "bin", tmp_path / "spool/slurm_script"
+    for folder in (bin_dir, spooled.parent):
+        folder.mkdir()
+    shutil.copy(ROOT / "run_train.sh", spooled)
+    # sbatch reads the directives of the script that it is given.
+    assert "#SBATCH --signal=B:USR1@300 " in spooled.read_text()
+    assert "#SBATCH --requeue " in spooled.read_text()
+    (bin_dir / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/scontrol\n')
+    (bin_dir / "scontrol").chmod(0o755)
+    (tmp_path / "tmp").mkdir()
+    processes = []
+
+    def start(*more, **env):
+        settings = {"MODEL": tiny_model, "TRAIN_FILE": news / "train.csv", "SETUP": 0}
+        settings |= {"VALIDATION_FILE": news / "validation.csv", "RUN_DIR": tmp_path / "run"}
+        settings |= {"SLURM_JOB_ID": 17, "SLURM_SUBMIT_DIR": ROOT, "TMPDIR": tmp_path / "tmp"}
+        settings |= {"PATH": f"{bin_dir}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        options = train_args("", news, "")[6:]  # behind model, files and folder
+        options = options[options.index("--lora_r") :]
+        processes.append(
+            subprocess.Popen(
+                ["bash", spooled, *options, *more],
+                cwd=tmp_path,
+                process_group=0,  # as a terminal's shell starts it
+                env=os.environ | {k: str(v) for k, v in (settings | env).items()},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+    # Nothing of ours stays in the temporary folder. (Python itself may be at its own.)
+    assert not list((tmp_path / "tmp").glob("tmp.*"))
+
+
+def updates_done(run_dir):
+    file = run_dir / "metrics.jsonl"
+    return file.read_text().count("grad_norm") if file.exists() else 0
+
+
+def test_a_job_out_of_time_saves_requeues_itself_and_ends_with_the_same_bytes(
+    job, trained, tmp_path
+):
+    run_dir, requests = tmp_path / "run", tmp_path / "scontrol"
+    done = 0
+    for restart in range(3):  # the first life, the second, and the last one
+        process = job(SLURM_RESTART_COUNT=restart)
+        if restart < 2:
+            wait_until(lambda before=done: updates_done(run_dir) > before, process)
+            process.send_signal(signal.SIGUSR1)  # to the batch shell alone, as B: says
+        printed, complained = process.communicate(timeout=300)
+        if process.returncode == 0:  # the signal may have come after the last update
+            break
+        assert process.returncode == STOPPED, complained
+        assert "with a checkpoint" in printed
+        done = updates_done(run_dir)
+        assert requests.read_text() == "requeue 17\n" * (restart + 1)
+    assert process.returncode == 0
+    for name in ("adapter_model.safetensors", "checkpoints/step-000006/optimizer.safetensors"):
+        assert (run_dir / name).read_bytes() == (trained / name).read_bytes()
+    assert updates_done(run_dir) == 6
+
+
+def test_a_cancelled_job_saves_and_stays_out_of_the_queue(job, tmp_path):
+    process = job("--num_train_epochs", "50")
+    wait_until(lambda: updates_done(tmp_path / "run") > 0, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=300)
+    assert process.returncode == STOPPED
+    assert not (tmp_path / "scontrol").exists()
+    assert len(list((tmp_path / "run/checkpoints").iterdir())) == 1
+
+
+def test_a_job_that_stops_by_its_own_limit_requeues_itself_too(job, tmp_path):
+    process = job("--max_time", "0.0001")
+    process.communicate(timeout=300)
+    assert process.returncode == STOPPED
+    assert (tmp_path / "scontrol").read_text() == "requeue 17\n"
+
+
+def test_outside_slurm_nothing_is_requeued(job, tmp_path):
+    process = job("--max_time", "0.0001", SLURM_JOB_ID="")
+    process.communicate(timeout=300)
+    assert process.returncode == STOPPED
+    assert not (tmp_path / "scontrol").exists()
+
+
+def test_a_second_signal_to_the_launcher_ends_its_processes(job, tmp_path):
+    """At once: in the middle of an update, of which there is no trace then."""
+    process = job("--num_train_epochs", "50", "--per_device_train_batch_size", "2000")
+    wait_until(lambda: (tmp_path / "run/.lock").exists(), process)
+    trainer = int(re.search(r"process (\d+) on", (tmp_path / "run/.lock").read_text())[1])
+    process.send_signal(signal.SIGINT)
+    wait_until(lambda: list((tmp_path / "tmp").glob("*.stop")), process)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=300)
+    assert process.returncode == 130
+    stat = Path(f"/proc/{trainer}/stat")  # may be there still, as a zombie that nobody reaps
+    assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_ctrl_c_in_a_terminal_asks_once(job, tmp_path):
+    """A terminal sends it to the whole foreground group; the script must not count two."""
+    process = job("--num_train_epochs", "50")
+    wait_until(lambda: updates_done(tmp_path / "run") > 0, process)
+    os.killpg(process.pid, signal.SIGINT)
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == STOPPED
+    assert "with a checkpoint" in printed
 
 
 # ---------------------------------------------------------------------- setting up

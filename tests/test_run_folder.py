@@ -3,14 +3,17 @@
 python -m pytest tests/test_run_folder.py
 """
 
-import argparse
 import copy
+import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from conftest import SCRIPTS
 
 from exit_codes import UserError
 from run_folder import (
@@ -20,7 +23,8 @@ from run_folder import (
     check_output_dir,
     check_tracker,
     file_sha256,
-    find_checkpoint,
+    locked,
+    log_metrics,
     model_card,
     model_fingerprint,
     read_run_config,
@@ -209,10 +213,10 @@ def test_metrics_beyond_the_checkpoint_are_dropped_and_half_a_line_too(tmp_path)
 
     lines = [json.dumps({"step": step}) + "\n" for step in (1, 2, 3, 4)]
     (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"step": 1')
-    write_run(tmp_path, RECORD, Tokenizer(), 2)
+    write_run(tmp_path, RECORD, Tokenizer(), {"completed_steps": 2, "evaluated_steps": 0})
     assert (tmp_path / "metrics.jsonl").read_text() == "".join(lines[:2])
     assert {p.name for p in tmp_path.iterdir()} == {RUN_CONFIG, "metrics.jsonl", "tokenizer.json"}
-    write_run(tmp_path, RECORD, Tokenizer(), 0)
+    write_run(tmp_path, RECORD, Tokenizer(), {"completed_steps": 0, "evaluated_steps": 0})
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
@@ -300,110 +304,110 @@ def test_the_hash_of_a_file_is_of_all_of_it(big_model):
     assert len(before) == 64
 
 
-# ---------------------------------------------------------------------- resuming
+def test_an_evaluation_that_will_come_again_is_dropped_from_the_metrics(tmp_path):
+    class Tokenizer:
+        def save_pretrained(self, folder):
+            pass
+
+    rows = [{"step": 1}, {"step": 2}, {"step": 2, "eval_loss": 1.0}, "damaged", {"loss": 1.0}]
+    lines = [json.dumps(row) + "\n" for row in rows]
+    for evaluated, kept in ((2, lines[:3]), (0, lines[:2])):
+        (tmp_path / "metrics.jsonl").write_text("".join([*lines, "no JSON\n"]))
+        state = {"completed_steps": 2, "evaluated_steps": evaluated}
+        write_run(tmp_path, RECORD, Tokenizer(), state)
+        assert (tmp_path / "metrics.jsonl").read_text() == "".join(kept)
 
 
-@pytest.fixture
-def run_dir(tmp_path):
-    folder = tmp_path / "run"
-    for name in ("step-000002", "step-000010", "step-000003", "step-000011.tmp"):
-        (folder / "checkpoints" / name).mkdir(parents=True)
-    write_json(folder / RUN_CONFIG, RECORD)
-    return folder
+def test_what_is_no_number_is_null_in_the_metrics(tmp_path):
+    class Accelerator:
+        is_main_process = True
+        log = staticmethod(lambda metrics, step: None)
 
-
-def find(run_dir, which, record=RECORD):
-    return find_checkpoint(
-        argparse.Namespace(output_dir=str(run_dir), resume_from_checkpoint=which), record
+    row = {"step": 1, "loss": float("nan"), "grad_norm": float("inf"), "skipped": True}
+    log_metrics(Accelerator, tmp_path, row)
+    assert (tmp_path / "metrics.jsonl").read_text() == (
+        '{"step": 1, "loss": null, "grad_norm": null, "skipped": true}\n'
     )
 
 
-def test_the_checkpoint_asked_for_is_found(run_dir, capsys, monkeypatch):
-    folder = run_dir / "checkpoints"
-    assert find(run_dir, None) is None
-    assert capsys.readouterr().out == ""
-    assert find(run_dir, "latest") == folder / "step-000010"
-    assert capsys.readouterr().out == f"NOTE: resuming from {folder / 'step-000010'}\n"
-    assert find(run_dir, str(folder / "step-000002")) == folder / "step-000002"
-    monkeypatch.chdir(run_dir)
-    assert find(run_dir, "checkpoints/step-000002") == Path("checkpoints/step-000002")
+# ---------------------------------------------------------------------- one run at a time
 
 
-def test_latest_begins_at_the_start_where_there_is_nothing_yet(run_dir, tmp_path, capsys):
-    shutil.rmtree(run_dir / "checkpoints")
-    assert find(run_dir, "latest") is None
+def test_a_second_run_on_the_same_folder_is_refused(tmp_path):
+    lock = tmp_path / "a/b/.lock"
+    with locked(lock, "a/b"):
+        holder = lock.read_text()
+        assert str(os.getpid()) in holder
+        refused = (
+            f"a/b: another run is writing there ({holder.strip()}); wait for it, or write elsewhere"
+        )
+        with pytest.raises(UserError) as error, locked(lock, "a/b"):
+            pass
+        assert str(error.value) == refused
+        assert lock.exists()  # the first still has it
+        (lock.parent / "result").touch()
+    assert [path.name for path in lock.parent.iterdir()] == ["result"]
+    with locked(lock, "a/b"):
+        pass
+
+
+def test_a_lock_leaves_nothing_behind(tmp_path):
+    with pytest.raises(KeyboardInterrupt), locked(tmp_path / "a/b/.lock", "a/b"):
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_lock_of_a_killed_run_is_free(tmp_path):
+    code = "import os; from pathlib import Path; from run_folder import locked\n"
+    code += f"with locked(Path({str(tmp_path / '.lock')!r}), 'x'): os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=SCRIPTS).returncode == -9
+    assert (tmp_path / ".lock").exists()
+    check_output_dir(str(tmp_path))  # counts as empty
+    with locked(tmp_path / ".lock", "x"):
+        pass
+
+
+def test_a_lock_that_was_removed_meanwhile_locks_nothing(tmp_path, monkeypatch):
+    """Its holder ends between our opening of the file and our lock on it."""
+    import fcntl
+
+    lock, flock, calls = tmp_path / ".lock", fcntl.flock, []
+
+    def once_too_late(descriptor, operation):
+        calls.append(descriptor)
+        if len(calls) == 1:
+            lock.unlink()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", once_too_late)
+    with locked(lock, "x"):
+        assert len(calls) == 2
+        assert lock.exists()
+
+
+def test_a_lock_is_no_way_to_another_file(tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / ".lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(UserError, match="cannot be written"), locked(tmp_path / ".lock", "x"):
+        pass
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_only_the_first_process_locks(tmp_path, monkeypatch):
+    with locked(tmp_path / ".lock", "x"):
+        monkeypatch.setenv("RANK", "1")
+        with locked(tmp_path / ".lock", "x"):
+            pass
+
+
+def test_without_locks_the_run_goes_on_with_a_note(tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with locked(tmp_path / ".lock", "x"):
+        pass
     assert capsys.readouterr().out == (
-        "NOTE: resuming from the start, for there is no checkpoint yet\n"
-    )
-    killed_early = tmp_path / "killed"
-    killed_early.mkdir()
-    (killed_early / f"{RUN_CONFIG}.tmp").touch()
-    for folder in (tmp_path / "new", killed_early):
-        assert find(folder, "latest") is None
-        assert capsys.readouterr().out == f"NOTE: no run in {folder} to resume yet; starting one\n"
-
-
-def test_latest_does_not_begin_in_a_folder_of_something_else(tmp_path):
-    (tmp_path / "thesis.tex").touch()
-    assert refusal(find, tmp_path, "latest") == (
-        f"{tmp_path}: the folder is not empty (it holds thesis.tex); remove it or give another "
-        "--output_dir"
-    )
-
-
-def test_complaints_about_a_checkpoint(run_dir, tmp_path):
-    folder = run_dir / "checkpoints"
-    elsewhere = tmp_path / "step-000002"
-    elsewhere.mkdir()
-    for which in (folder / "step-000009", elsewhere, folder, run_dir):
-        assert refusal(find, run_dir, str(which)) == (
-            f"{which}: no checkpoint of this run; give one of {folder}"
-        )
-    which = str(folder / "step-000002")
-    assert (
-        refusal(find, tmp_path / "new", which) == f"{which}: no run in {tmp_path / 'new'}; omit it"
-    )
-
-
-@pytest.mark.parametrize(
-    ("change", "difference"),
-    [
-        ({"arguments": {"lora_r": 8}}, "lora_r 4, now 8"),
-        ({"arguments": {"new_option": 1}}, "new_option None, now 1"),
-        ({"base_fingerprint": "f"}, "base_fingerprint '0123456789abcdef', now 'f'"),
-        ({"articles_per_update": 16}, "articles_per_update 8, now 16"),
-        (
-            {"prompt": {"template": "x {article}"}},
-            "prompt {'template': '{article}', 'ids_sha256': 'a'}, now {'template': 'x {article}', "
-            "'ids_sha256': 'a'}",
-        ),
-        (
-            {"data": {"train": {"path": "train.csv", "sha256": "c"}}},
-            "data {'train': 'b'}, now {'train': 'c'}",
-        ),
-    ],
-)
-def test_a_run_with_other_settings_is_not_resumed(run_dir, change, difference):
-    record = copy.deepcopy(RECORD)
-    for key, value in change.items():
-        record[key] = record[key] | value if isinstance(value, dict) else value
-    for which in ("latest", str(run_dir / "checkpoints/step-000002")):
-        with pytest.raises(UserError) as error:
-            find(run_dir, which, record)
-        assert str(error.value) == (
-            f"{run_dir}: this run was made with other settings ({difference}); give the same ones, "
-            "or another --output_dir"
-        )
-
-
-def test_all_differences_are_told_and_what_changes_no_result_is_free(run_dir):
-    record = copy.deepcopy(RECORD)
-    record["base_model"], record["commit"] = "elsewhere/model", "f00"
-    record["arguments"] |= {"per_device_train_batch_size": 8, "train_file": "/data/train.csv"}
-    record["arguments"] |= {"output_dir": "other", "gradient_accumulation_steps": 1}
-    record["data"]["train"]["path"] = "/data/train.csv"
-    assert find(run_dir, "latest", record) == run_dir / "checkpoints/step-000010"
-    record["arguments"] |= {"lora_r": 8, "learning_rate": 0.02}
-    assert "(lora_r 4, now 8; learning_rate 0.01, now 0.02)" in refusal(
-        find, run_dir, "latest", record
+        f"NOTE: no lock on {tmp_path / '.lock'} (No locks available); do not start a second run "
+        "there\n"
     )

@@ -77,9 +77,10 @@ def best_is_step_3(monkeypatch):
     """Let the first epoch be judged the best, whatever training does."""
     original = train.evaluate
 
-    def evaluate(accelerator, model, prompt, articles, args, state):
-        original(accelerator, model, prompt, articles, args, state)
+    def evaluate(accelerator, model, prompt, articles, args, state, stop):
+        assert original(accelerator, model, prompt, articles, args, state, stop)
         state |= {"best_step": min(3, state["completed_steps"]), "best_value": 0.0}
+        return True
 
     monkeypatch.setattr(train, "evaluate", evaluate)
 
@@ -476,14 +477,14 @@ def test_the_loop_can_be_read_in_one_file():
     source = (SCRIPTS / "train.py").read_text()
     tree = ast.parse(source)
     assert "scripts/train.py" in ast.get_docstring(tree)
-    main = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "main")
-    loop = next(n for n in main.body if isinstance(n, ast.For) and n.target.id == "step")
+    train = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "train")
+    loop = next(n for n in train.body if isinstance(n, ast.For) and n.target.id == "step")
     assert loop.end_lineno - loop.lineno < 90
     fence = [n for n, line in enumerate(source.splitlines()) if line.startswith("        # ------")]
     assert len(fence) == 2
     assert fence[1] - fence[0] < 40
     order = [n.name for n in tree.body if isinstance(n, ast.FunctionDef)]
-    assert order[:2] == ["parse_args", "main"]
+    assert order[:3] == ["parse_args", "main", "train"]
 
 
 METHOD = ("nf4=True", "LoraConfig(", "get_peft_model(", "PagedAdamW32bit(", "clip_grad_norm_(")
@@ -521,7 +522,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_said(
     del args[args.index("--validation_file") : args.index("--validation_file") + 2]
     call(train.main, *args)
     assert [row["skipped"] for row in updates(tmp_path / "run")] == [True, False, False]
-    assert "NOTE: update 1 skipped, its gradient is not finite" in capsys.readouterr().out
+    assert "NOTE: update 1 skipped, its loss or gradient is not finite" in capsys.readouterr().out
     steps = [
         load_file(tmp_path / f"run/checkpoints/step-00000{n}/adapter_model.safetensors")
         for n in (1, 2, 3)

@@ -1,0 +1,64 @@
+"""Stopping when asked to: by a signal, by a time limit, or by the file that the launchers make."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from exit_codes import is_first_process
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Knows whether this process was asked to stop. Use it as a context manager.
+
+    From `listen()` on, a first SIGTERM, SIGINT or SIGUSR1 only asks: the script looks at `asked()`
+    where nothing is half done. A second one ends the process at once. The file that STOP_FILE names
+    asks as well: the launchers make it, for `accelerate launch` passes SIGUSR1 on to nobody.
+
+    Args:
+        max_time: minutes from now on after which it counts as asked; None for no limit.
+    """
+
+    def __init__(self, max_time: float | None):
+        self.max_time = max_time
+        self.start = time.monotonic()
+        self.file = os.environ.get("STOP_FILE")
+        self.signal = None  # that asked
+        self.handlers = {}  # of before
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.handlers = {}
+
+    def listen(self) -> None:
+        """Take signals as requests from now on."""
+        for number in SIGNALS:
+            self.handlers[number] = signal.signal(number, self._handle)
+
+    def asked(self) -> bool:
+        """Return whether to stop as soon as nothing is half done."""
+        return self.reason() is not None
+
+    def reason(self) -> str | None:
+        """Return who asked, or None."""
+        if self.signal is not None:
+            return signal.Signals(self.signal).name
+        if self.file and Path(self.file).exists():
+            return "the launcher"
+        if self.max_time is not None and time.monotonic() - self.start >= 60 * self.max_time:
+            return f"--max_time {self.max_time:g}"
+        return None
+
+    def _handle(self, number, _) -> None:
+        if self.signal is not None or (self.file and Path(self.file).exists()):
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.signal = number
+        if is_first_process():  # print() may have been what the signal interrupted
+            os.write(2, b"\nstopping as soon as nothing is half done; once more to stop at once\n")
