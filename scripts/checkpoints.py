@@ -287,6 +287,10 @@ def save_adapter(model, state: dict, output_dir: Path) -> None:
     try:
         with writing(output_dir / ADAPTER_WEIGHTS, _num_bytes(tensors)), _safetensors_errors():
             model.save_pretrained(temporary, save_embedding_layers=False)
+            # PEFT keeps the names in a set, whose order differs from one process to the next.
+            config = json.loads((temporary / "adapter_config.json").read_text(encoding="utf-8"))
+            config["target_modules"] = sorted(config["target_modules"])
+            write_json(temporary / "adapter_config.json", config)
             for path in temporary.iterdir():
                 flush(path)
             (temporary / "README.md").write_text(model_card(run_config), encoding="utf-8")

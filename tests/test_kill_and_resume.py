@@ -1,0 +1,13 @@
+"""Killed in its updates, in a save and in an evaluation, a run ends as one that never was.
+
+python -m pytest tests/test_kill_and_resume.py     (20 trials: python tests/kill_and_resume.py)
+"""
+
+import kill_and_resume
+
+
+def test_a_killed_run_ends_with_the_same_bytes():
+    result = kill_and_resume.main(["--trials", "1"])
+    assert result["identical endings"] == 1
+    assert result["kills"] == 4
+    assert all(kill["killed"] for trial in result["each trial"] for kill in trial["kills"])
