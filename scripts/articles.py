@@ -11,18 +11,20 @@ import hashlib
 import json
 import re
 import tempfile
+import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from exit_codes import UserError
+from exit_codes import UserError, note
 
 SUFFIXES = (".csv", ".csv.gz", ".json", ".jsonl", ".parquet")
 HUB_DATASET = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")  # owner/name or owner/name:split
 CHUNK = 1 << 16  # characters of a JSON array that are read at a time
 JSON_SPACE = re.compile(r"[ \t\n\r]*")
 BLANK = object()  # a line with nothing on it
+SLOW = 5  # seconds; what takes longer over a file says so
 csv.field_size_limit(2**31 - 1)  # characters; the default refuses articles of more than 128 KiB
 
 
@@ -50,18 +52,18 @@ class Checked:
 
 
 def check_articles(
-    path: str, columns: Columns, split: str = "train", empty_titles: bool = False
+    path: str, columns: Columns, split: str = "train", empty_titles: bool = False, survey=None
 ) -> Checked:
     """Read a whole file once and refuse it at the first row that cannot be used.
 
     `split` is the split of a Hub dataset that names none. `empty_titles` lets empty titles pass
-    (a model may well predict one).
+    (a model may well predict one). `survey`, a `hygiene.Survey`, is shown every row that passes.
 
     Raises:
         UserError: the file or the Hub dataset cannot be read, has no row, lacks a column or has
             one twice, or a row holds an empty field, an ID that stood before, or broken text.
     """
-    digest, rows, ids = hashlib.sha256(), 0, set()
+    digest, rows, ids, start = hashlib.sha256(), 0, set(), time.perf_counter()
     for row, fields in _numbered_rows(path, columns, split):
         where = f"{path}:{row}"
         for name in columns.required:
@@ -80,12 +82,15 @@ def check_articles(
                     where, f"{columns.id} {_shown(identity)} is there twice", "make it unique"
                 )
             ids.add(identity)
+        if survey is not None:
+            survey.add(row, fields[columns.text], fields[columns.title])
         digest.update(json.dumps(list(fields.values())).encode())
         rows += 1
     if rows == 0:
         raise UserError(path, "the file has no rows", "give a file with at least one article")
     if columns.id not in (None, "ID") and not ids:  # asked for by name, so a slip in it is one
         raise UserError(path, f"no column '{columns.id}'", "correct the name of the ID column")
+    _note_time(path, rows, "checked", start)
     return Checked(path, rows, digest.hexdigest(), bool(ids))
 
 
@@ -106,20 +111,52 @@ def open_articles(path: str, columns: Columns, split: str = "train"):
     """Return the rows of `iterate_articles` as a memory-mapped `datasets.Dataset`.
 
     Its Arrow file lies in a temporary folder that goes with the process: a cache that outlives
-    the run can only be stale. It takes about as much disk as the text; `TMPDIR` says where.
-    """
-    from datasets import Dataset, Features, Value, disable_progress_bars
+    the run can only be stale. It takes about as much disk as the text; `TMPDIR` says where. Its
+    pages count as resident once read, but the kernel takes them back when memory is short.
 
-    disable_progress_bars()
+    Raises:
+        UserError: there is no room for it.
+    """
+    import pyarrow
+    from datasets import Dataset
+
+    start = time.perf_counter()
     folder = tempfile.TemporaryDirectory(prefix="manchette-", ignore_cleanup_errors=True)
-    dataset = Dataset.from_generator(
-        iterate_articles,
-        features=Features({name: Value("large_string") for name in ("id", "text", "title")}),
-        gen_kwargs={"path": path, "columns": columns, "split": split},
-        cache_dir=folder.name,
-    )
+    file = str(Path(folder.name, "articles.arrow"))
+    # Written here and not by `Dataset.from_generator`, which takes twice as long.
+    schema = pyarrow.schema({name: pyarrow.large_string() for name in ("id", "text", "title")})
+    try:
+        with pyarrow.ipc.new_stream(file, schema) as stream:
+            for rows in _batches(iterate_articles(path, columns, split)):
+                stream.write_batch(pyarrow.RecordBatch.from_pylist(rows, schema))
+    except OSError as error:
+        raise UserError(
+            Path(folder.name).parent,
+            f"no room for a copy of {path} ({error})",
+            "free some, or set TMPDIR to another disk",
+        ) from None
+    dataset = Dataset.from_file(file)
     dataset.temporary_folder = folder  # the folder lives as long as the dataset does
+    _note_time(path, len(dataset), "copied for random access", start)
     return dataset
+
+
+def _batches(rows: Iterator[dict]) -> Iterator[list[dict]]:
+    """Yield the rows in lists that are bounded in memory: an article may have megabytes."""
+    batch, characters = [], 0
+    for row in rows:
+        batch.append(row)
+        characters += len(row["text"])
+        if len(batch) == 1000 or characters > 1 << 24:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _note_time(path: str, rows: int, what: str, start: float) -> None:
+    if (seconds := time.perf_counter() - start) >= SLOW:
+        note(f"{path}: {rows:,} rows {what} in {seconds:.0f} s")
 
 
 def _numbered_rows(path: str, columns: Columns, split: str) -> Iterator[tuple[int, dict]]:

@@ -7,14 +7,21 @@ from memory import expected_peak_memory, peak_memory
 CHECKED_EXACTLY = 25_000  # rows; of larger files, lengths are told from no more than that
 
 
-def measure_lengths(prompt, articles) -> dict[str, int]:
-    """Return counts over all rows, in tokens and rows; from evenly spaced rows of large files."""
+def measure_lengths(prompt, articles) -> dict:
+    """Return counts over all rows, in tokens and rows; from evenly spaced rows of large files.
+
+    `first_title_cut` is the index of the first row measured whose title is cut, or None.
+    """
     rows = range(0, len(articles), math.ceil(len(articles) / CHECKED_EXACTLY))
     found = {"articles_cut": 0, "titles_cut": 0, "tokens": 0, "title_tokens": 0}
-    longest = 0
+    longest, first_title_cut = 0, None
     for start in range(0, len(rows), 1000):
-        chunk = articles[list(rows[start : start + 1000])]
-        for example in map(prompt.encode, chunk["text"], chunk["title"]):
+        indices = list(rows[start : start + 1000])
+        chunk = articles[indices]
+        examples = map(prompt.encode, chunk["text"], chunk["title"])
+        for index, example in zip(indices, examples, strict=True):
+            if example.title_cut and first_title_cut is None:
+                first_title_cut = index
             found["articles_cut"] += example.article_cut
             found["titles_cut"] += example.title_cut
             found["tokens"] += len(example.ids)
@@ -23,7 +30,7 @@ def measure_lengths(prompt, articles) -> dict[str, int]:
     scale = len(articles) / len(rows)
     exact = len(rows) == len(articles)
     found = {name: count if exact else round(count * scale) for name, count in found.items()}
-    return found | {"longest": longest, "exact": exact}
+    return found | {"longest": longest, "first_title_cut": first_title_cut, "exact": exact}
 
 
 def describe_plan(

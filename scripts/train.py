@@ -18,6 +18,7 @@ from pathlib import Path
 
 from articles import Columns, check_articles, open_articles
 from exit_codes import STOPPED, note, run
+from hygiene import Survey, report_rows, report_titles
 from prompting import PROMPTS, Prompt, read_template
 from run_folder import (
     LOCK,
@@ -104,15 +105,19 @@ def main(argv=None):
     check_tracker(args.report_to)
     if not args.resume_from_checkpoint:  # else `find_checkpoint` looks at what is there
         check_output_dir(args.output_dir)
-    checked = {"train": check_articles(args.train_file, columns)}
-    if args.validation_file:
-        checked["validation"] = check_articles(args.validation_file, columns, "validation")
+    files = {"train": args.train_file, "validation": args.validation_file}
+    surveys = {split: Survey(file) for split, file in files.items() if file}
+    checked = {
+        split: check_articles(survey.path, columns, split, survey=survey)
+        for split, survey in surveys.items()
+    }
+    report_rows(surveys)  # nothing is dropped or repaired
 
     with locked(Path(args.output_dir, LOCK), args.output_dir), StopRequest(args.max_time) as stop:
-        return train(args, columns, template, checked, stop)
+        return train(args, columns, template, checked, surveys, stop)
 
 
-def train(args, columns, template, checked, stop):
+def train(args, columns, template, checked, surveys, stop):
     """Run the training that the checked arguments ask for; return STOPPED if `stop` was asked."""
     # These take seconds to import, which a complaint about the input should not have to wait for.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of optional kernels not installed
@@ -158,13 +163,17 @@ def train(args, columns, template, checked, stop):
         tokenizer, template, args.apply_chat_template, args.max_length, args.max_title_tokens
     )
     train_articles = open_articles(args.train_file, columns)
+    lengths = measure_lengths(prompt, train_articles)
+    report_titles(surveys["train"], lengths, args.max_title_tokens)
     validation_articles = None
     if args.validation_file:
         validation_articles = open_articles(args.validation_file, columns, "validation")
-    lengths = measure_lengths(prompt, train_articles)
+        measured = measure_lengths(prompt, validation_articles)
+        report_titles(surveys["validation"], measured, args.max_title_tokens)
     update_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
     update_size *= accelerator.num_processes
     run_config = start_run(args, prompt, base_folder, checked, update_size)
+    run_config["hygiene"] = {split: survey.counts for split, survey in surveys.items()}
     checkpoint = find_checkpoint(args, run_config)
 
     # ------------------------------------------------------------------ 4-bit base

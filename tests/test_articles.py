@@ -173,6 +173,34 @@ def test_the_dataset_has_the_same_rows_and_is_memory_mapped(tmp_path, name):
     assert str(file) in Path("/proc/self/maps").read_text()
 
 
+def test_a_full_disk_is_a_complaint(tmp_path, monkeypatch):
+    import resource
+    import tempfile
+
+    path = write(tmp_path / "a.csv", french_rows(2000))
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(UserError) as caught:
+            open_articles(path, Columns())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    complaint = str(caught.value)
+    assert complaint.startswith(f"{temporary}: no room for a copy of {path} (")
+    assert complaint.endswith("File too large); free some, or set TMPDIR to another disk")
+
+
+def test_rows_are_copied_in_batches_of_bounded_size():
+    small, large = ({"text": "a" * size} for size in (10, 9 << 20))
+    sizes = [len(batch) for batch in articles._batches([small] * 2500)]
+    assert sizes == [1000, 1000, 500]
+    assert [len(batch) for batch in articles._batches([large] * 5)] == [2, 2, 1]
+    assert list(articles._batches([])) == []
+
+
 def test_a_changed_file_of_the_same_name_is_read_anew(tmp_path):
     path = write(tmp_path / "a.csv", ROWS)
     status = os.stat(path)

@@ -37,6 +37,7 @@ def test_lengths_are_counted_exactly():
         "tokens": sum(len(example.ids) for example in examples),
         "title_tokens": sum(example.num_title_ids for example in examples),
         "longest": max(len(example.ids) for example in examples),
+        "first_title_cut": next(i for i, example in enumerate(examples) if example.title_cut),
         "exact": True,
     }
     assert any(example.article_cut for example in examples)
