@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+import traceback
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -69,6 +70,8 @@ def run(main) -> None:
         code = main() or DONE
     except UserError as error:
         code, tell = USER_ERROR, tell or isinstance(error, WriteError)
+        # What the frames hold goes now: a progress bar prints itself once more when it does.
+        traceback.clear_frames(error.__traceback__)
         if tell:
             # What it quotes, such as the error of a library, may have lines; a complaint has one.
             print("error:", " ".join(str(error).split("\n")), file=sys.stderr)
