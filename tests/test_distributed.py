@@ -6,12 +6,19 @@ several processes only on GPUs or through MPI).
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
-from conftest import SCRIPTS, french_rows, read_csv, train_args, write_csv
+from conftest import SCRIPTS, call, french_rows, read_csv, train_args, write_csv
 from test_train import EXACT, adapter, difference, metrics, updates
+
+import infer
+import train
+from exit_codes import STOPPED
 
 
 def run_on(processes: int, script: str, *argv) -> str:
@@ -129,3 +136,97 @@ def test_dropout_differs_between_processes_and_adapters_stay_equal(tiny_model, r
     assert not set(ranks[0]["seeds"]) & set(ranks[1]["seeds"])
     assert ranks[0]["count"] == 28
     assert ranks[0]["digest"] == ranks[1]["digest"]
+
+
+# ---------------------------------------------------------------------- stopping and resuming
+
+
+def start_two(script, *argv, **env):
+    """Start two processes without torchrun, so that each can be signalled by itself."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | env
+    return [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPTS / script), *map(str, argv)],
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+def wait_for_lines(file, count, processes):
+    while not file.exists() or file.read_bytes().count(b"\n") < count:
+        assert all(process.poll() is None for process in processes), [
+            process.communicate() for process in processes
+        ]
+        time.sleep(0.01)
+
+
+def test_both_stop_after_the_same_update_whichever_is_asked(tiny_model, rows_17, tmp_path):
+    """And what two began, one may end: with the same figures up to rounding."""
+    two = (*EXACT, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2)
+    one = (*EXACT, "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2)
+    run_dir, latest = tmp_path / "run", ("--resume_from_checkpoint", "latest")
+    epochs = ("--num_train_epochs", 5)
+    call(train.main, *train_args(tiny_model, rows_17, tmp_path / "whole", *one, *epochs))
+    processes = start_two("train.py", *train_args(tiny_model, rows_17, run_dir, *two, *epochs))
+    wait_for_lines(run_dir / "metrics.jsonl", 1, processes)
+    processes[1].send_signal(signal.SIGUSR1)
+    printed = [process.communicate(timeout=240) for process in processes]
+    assert [process.returncode for process in processes] == [STOPPED, STOPPED], printed
+    step = len(updates(run_dir))
+    assert 1 <= step < 15
+    assert (run_dir / f"checkpoints/step-{step:06d}/state.json").exists()
+    call(train.main, *train_args(tiny_model, rows_17, run_dir, *one, *epochs, *latest))
+    for whole, parted in zip(updates(tmp_path / "whole"), updates(run_dir), strict=True):
+        assert parted["loss"] == pytest.approx(whole["loss"], rel=1e-4)
+        for name in ("step", "learning_rate", "title_tokens", "tokens", "articles"):
+            assert parted[name] == whole[name]
+    assert difference(adapter(run_dir), adapter(tmp_path / "whole")) < 1e-2
+
+
+def test_both_stop_writing_titles_and_one_goes_on_with_the_same_bytes(
+    runs, rows_17, tiny_model, tmp_path
+):
+    stop_file = tmp_path / "stop"
+    common = ("--run_dir", runs[0] / "2", "--input_file", rows_17 / "train.csv")
+    common += ("--max_batch_tokens", 200)
+    args = (*common, "--output_file", tmp_path / "out.csv")
+    processes = start_two("infer.py", *args, STOP_FILE=str(stop_file))
+    wait_for_lines(tmp_path / "out.part-0.jsonl", 2, processes)
+    stop_file.touch()
+    printed = [process.communicate(timeout=240) for process in processes]
+    assert [process.returncode for process in processes] == [STOPPED, STOPPED], printed
+    assert not (tmp_path / "out.csv").exists()
+    call(infer.main, *args)
+    call(infer.main, *common, "--output_file", tmp_path / "whole.csv")
+    for suffix in ("csv", "jsonl"):
+        whole = (tmp_path / f"whole.{suffix}").read_bytes()
+        assert (tmp_path / f"out.{suffix}").read_bytes() == whole
+
+
+def test_a_complaint_of_the_first_process_ends_all(tiny_model, rows_17, tmp_path):
+    """Of a checkpoint that cannot be written, which only the first process writes."""
+    run_dir = tmp_path / "run"
+    code = "import sys; sys.argv[0] = 'train.py'; import checkpoints, exit_codes, train\n"
+    code += "def full(*_): raise OSError(28, 'No space left on device')\n"
+    code += "checkpoints.flush = full\nexit_codes.run(train.main)"
+    probe = tmp_path / "probe.py"
+    probe.write_text(code)
+    args = train_args(tiny_model, rows_17, run_dir, "--num_train_epochs", 1)
+    processes = start_two(str(probe), *args, PYTHONPATH=f"{SCRIPTS}:{os.environ['PYTHONPATH']}")
+    printed = [process.communicate(timeout=240) for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], printed
+    errors = [errors for _, errors in printed]
+    assert errors[0].endswith(
+        f"error: {run_dir / 'checkpoints/step-000002'}: cannot be written (No space left on "
+        "device); mend that and run the same command again\n"
+    )
+    assert "error:" not in errors[1]
+    assert not any("Traceback" in text for text in errors)
