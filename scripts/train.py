@@ -18,7 +18,8 @@ from pathlib import Path
 
 from articles import Columns, check_articles, open_articles
 from exit_codes import note, run
-from prompting import PROMPTS, Prompt, read_template
+from machine import check_devices
+from prompting import PROMPTS, Prompt, load_tokenizer, read_template
 from run_folder import (
     check_model_folder,
     check_output_dir,
@@ -81,8 +82,8 @@ def parse_args(argv=None):
         elif name in ("seed", "num_eval_titles"):
             if not 0 <= value < 2**32:  # numpy takes no larger seed
                 parser.error(f"--{name} {value}: give a number from 0 to below 2**32")
-        elif type(value) in (int, float) and not value > 0:
-            parser.error(f"--{name} {value}: give a number above 0")
+        elif type(value) in (int, float) and not 0 < value < math.inf:
+            parser.error(f"--{name} {value}: give a {'finite ' * (value > 0)}number above 0")
     if args.metric_for_best_model == "rougeL" and args.num_eval_titles == 0:
         parser.error("--metric_for_best_model rougeL: needs --num_eval_titles above 0")
     return args
@@ -101,6 +102,12 @@ def main(argv=None):
     checked = {"train": check_articles(args.train_file, columns)}
     if args.validation_file:
         checked["validation"] = check_articles(args.validation_file, columns, "validation")
+    base_folder = resolve_model_folder(args.model_name_or_path)
+    check_devices()
+    tokenizer = load_tokenizer(str(base_folder))
+    prompt = Prompt(
+        tokenizer, template, args.apply_chat_template, args.max_length, args.max_title_tokens
+    )
 
     # These take seconds to import, which a complaint about the input should not have to wait for.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of optional kernels not installed
@@ -113,7 +120,7 @@ def main(argv=None):
     from batching import deal, dropout_seed, epoch_order, pad_left
     from checkpoints import load_checkpoint, rotate_checkpoints, save_adapter, save_checkpoint
     from memory import peak_memory
-    from modeling import check_targets, load_base, load_tokenizer
+    from modeling import check_targets, load_base
     from plan import describe_plan, measure_lengths
 
     # ------------------------------------------------------------------ accelerator and seed
@@ -129,12 +136,7 @@ def main(argv=None):
     torch.backends.cuda.matmul.fp32_precision = "tf32"  # for what stays in fp32
     set_seed(args.seed)  # the same on every process, so that LoRA begins alike everywhere
 
-    # ------------------------------------------------------------------ tokenizer and articles
-    base_folder = resolve_model_folder(args.model_name_or_path)
-    tokenizer = load_tokenizer(str(base_folder))
-    prompt = Prompt(
-        tokenizer, template, args.apply_chat_template, args.max_length, args.max_title_tokens
-    )
+    # ------------------------------------------------------------------ articles
     train_articles = open_articles(args.train_file, columns)
     validation_articles = None
     if args.validation_file:
