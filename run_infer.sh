@@ -36,13 +36,15 @@ if [ "$MODEL" = "$DEMO/model" ]; then  # lengths as in its training, for the bas
   RUN_DIR="${RUN_DIR:-runs/demo}" OUTPUT_DIR="${OUTPUT_DIR:-predictions/demo}"
   set -- --max_length 256 --max_new_tokens 48 "$@"
 fi
+refuse() { echo "error: $1" >&2; exit 2; }
 for name in RUN_DIR INPUT_FILE OUTPUT_DIR; do
-  [ -n "${!name}" ] || { echo "error: $name: not set; give it beside MODEL" >&2; exit 2; }
-done
+  [ -n "${!name}" ] || refuse "$name: not set; give it beside MODEL"; done
+[ -f "$ACCELERATE_CONFIG" ] || refuse "$ACCELERATE_CONFIG: no such file; check ACCELERATE_CONFIG"
 
 # --- Environment: an active one, else .venv; SETUP=0 leaves it alone ---
 source scripts/setup.sh requirements.txt
 source scripts/launch.sh
+python scripts/machine.py --config_file "$ACCELERATE_CONFIG"  # does the machine have it?
 
 # --- Infer, merge, infer merged, score ---
 infer() {  # infer NAME OPTIONS...: titles in $OUTPUT_DIR/NAME.csv

@@ -35,13 +35,15 @@ if [ "$MODEL" = "$DEMO/model" ]; then  # a small model learns faster, and has me
   set -- --learning_rate 2e-3 --per_device_train_batch_size 16 --gradient_accumulation_steps 1 \
     --no-activation_checkpointing --max_length 256 --max_title_tokens 48 "$@"
 fi
+refuse() { echo "error: $1" >&2; exit 2; }
 for name in TRAIN_FILE RUN_DIR; do
-  [ -n "${!name}" ] || { echo "error: $name: not set; give it beside MODEL" >&2; exit 2; }
-done
+  [ -n "${!name}" ] || refuse "$name: not set; give it beside MODEL"; done
+[ -f "$ACCELERATE_CONFIG" ] || refuse "$ACCELERATE_CONFIG: no such file; check ACCELERATE_CONFIG"
 
 # --- Environment: an active one, else .venv; SETUP=0 leaves it alone ---
 source scripts/setup.sh requirements.txt
 source scripts/launch.sh
+python scripts/machine.py --config_file "$ACCELERATE_CONFIG"  # does the machine have it?
 
 # --- Train ---
 [ "$MODEL" != "$DEMO/model" ] || python scripts/make_demo.py --output_dir "$DEMO"

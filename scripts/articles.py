@@ -229,6 +229,10 @@ def _csv_rows(path: str) -> Iterator[tuple[int, dict]]:
             header = next(reader, [])
             row = 1
             _refuse_doubled(f"{path}:1", header)
+            if len(header) == 1 and (found := next((d for d in ";\t|" if d in header[0]), None)):
+                raise UserError(
+                    f"{path}:1", f"columns separated by {found!r}", "separate them by commas"
+                )
             for row, fields in enumerate(reader, start=2):
                 if not fields:  # a blank line, as at the end of many files
                     continue

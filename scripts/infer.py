@@ -22,10 +22,12 @@ from pathlib import Path
 
 from articles import Columns, check_articles, open_articles
 from exit_codes import STOPPED, UserError, note, run, writing
-from prompting import PROMPTS, Prompt, end_ids, prompt_of_run, read_template
+from machine import check_devices
+from prompting import PROMPTS, Prompt, end_ids, load_tokenizer, prompt_of_run, read_template
 from run_folder import (
     ADAPTER_WEIGHTS,
     RUN_CONFIG,
+    check_adapter,
     check_base,
     check_model_folder,
     commit,
@@ -119,13 +121,19 @@ def main(argv=None):
     if is_complete(output_file, record):
         print(f"{args.output_file} is there already, made with the same settings: nothing to do")
         return None
+    check_devices()
+    tokenizer = load_tokenizer(source["run_dir"] or str(base_folder))
+    if "ids_sha256" in settings:
+        prompt = prompt_of_run(tokenizer, settings, source["run_dir"])
+    else:
+        prompt = Prompt(tokenizer, **settings)
 
     lock = output_file.with_suffix(".lock")
     with locked(lock, args.output_file), StopRequest(args.max_time) as stop:
-        return infer(args, columns, source, base_folder, settings, record, stop)
+        return infer(args, columns, source, base_folder, prompt, record, stop)
 
 
-def infer(args, columns, source, base_folder, settings, record, stop):
+def infer(args, columns, source, base_folder, prompt, record, stop):
     """Write the titles that the checked arguments ask for; return STOPPED if `stop` was asked."""
     # These take seconds to import, which a complaint about the input should not have to wait for.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of optional kernels not installed
@@ -133,7 +141,7 @@ def infer(args, columns, source, base_folder, settings, record, stop):
     from accelerate import Accelerator
     from accelerate.utils import tqdm
 
-    from modeling import attach_adapter, load_base, load_tokenizer
+    from modeling import attach_adapter, load_base
 
     # ------------------------------------------------------------------ model
     nf4 = source["weights"] == "nf4"
@@ -141,11 +149,6 @@ def infer(args, columns, source, base_folder, settings, record, stop):
     # The 4-bit model ran under autocast in training; a merged one should do as it would elsewhere.
     autocast = nf4 and dtype == torch.bfloat16
     accelerator = Accelerator(mixed_precision="bf16" if autocast else "no")
-    tokenizer = load_tokenizer(source["run_dir"] or str(base_folder))
-    if "ids_sha256" in settings:
-        prompt = prompt_of_run(tokenizer, settings, source["run_dir"])
-    else:
-        prompt = Prompt(tokenizer, **settings)
     model = load_base(str(base_folder), accelerator.device, dtype, nf4)
     if source["adapter"]:
         model = attach_adapter(model, source["adapter"])
@@ -324,11 +327,14 @@ def find_model(args) -> dict:
                 f"{run_dir} is a merged model, which has no base",
                 "leave the option out",
             )
+        check_model_folder(model_name)
         note_override("--model_name_or_path", model_name, model)
         model = model_name
-    check_model_folder(model)
-    if not merged and not Path(run_dir, ADAPTER_WEIGHTS).is_file():
-        raise UserError(run_dir, f"no {ADAPTER_WEIGHTS} in it", "let training finish first")
+    check_model_folder(model, None if merged or model_name else run_dir)
+    if not merged:
+        if not Path(run_dir, ADAPTER_WEIGHTS).is_file():
+            raise UserError(run_dir, f"no {ADAPTER_WEIGHTS} in it", "let training finish first")
+        check_adapter(run_dir)
     precision = "bf16" if run_config["arguments"]["mixed_precision"] == "bf16" else "fp32"
     weights = args.base_weights or (precision if merged else "nf4")
     return {

@@ -278,6 +278,8 @@ def main(argv=None):
     for name in ("train_rows", "validation_rows", "test_rows"):
         if not 1 <= settings[name] <= MAX_ROWS:
             raise UserError(f"--{name}", "out of range", f"give 1 to {MAX_ROWS}")
+    if not 0 <= args.seed < 2**32:
+        raise UserError("--seed", "out of range", f"give 0 to {2**32 - 1}")
     if args.pretraining_steps < 1:
         raise UserError("--pretraining_steps", "out of range", "give 1 or more, or --no-model")
     if is_complete(output_dir, settings):

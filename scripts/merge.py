@@ -17,10 +17,12 @@ from pathlib import Path
 
 from articles import Columns, check_articles, iterate_articles
 from exit_codes import UserError, run
-from prompting import PROBE, end_ids, prompt_of_run
+from prompting import PROBE, end_ids, load_tokenizer, prompt_of_run
 from run_folder import (
+    ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     RUN_CONFIG,
+    check_adapter,
     check_base,
     check_model_folder,
     check_output_dir,
@@ -49,7 +51,10 @@ def parse_args(argv=None):
     add("--check_rows", type=int, default=4, help="so many of them; 0: no check")
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", required=True, help="the merged model's folder, new or empty")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.check_rows < 0:
+        parser.error(f"--check_rows {args.check_rows}: give a number from 0")
+    return args
 
 
 def main(argv=None):
@@ -59,10 +64,11 @@ def main(argv=None):
     run_config = read_run_config(args.run_dir)
     if run_config["kind"] != "adapter" or not Path(args.run_dir, ADAPTER_WEIGHTS).is_file():
         raise UserError(args.run_dir, f"no {ADAPTER_WEIGHTS} to merge", "give a folder of train.py")
-    if args.model_name_or_path not in (None, run_config["base_model"]):
-        note_override("--model_name_or_path", args.model_name_or_path, run_config["base_model"])
     model_name = args.model_name_or_path or run_config["base_model"]
-    check_model_folder(model_name)
+    check_model_folder(model_name, None if args.model_name_or_path else args.run_dir)
+    check_adapter(args.run_dir)
+    if model_name != run_config["base_model"]:
+        note_override("--model_name_or_path", model_name, run_config["base_model"])
     adapter_sha256 = file_sha256(Path(args.run_dir, ADAPTER_WEIGHTS))
     if is_merged(args.output_dir, adapter_sha256, args.base):
         print(f"{args.output_dir} is there already, made of the same adapter: nothing to do")
@@ -76,8 +82,6 @@ def main(argv=None):
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of optional kernels not installed
     import torch
     from transformers import AutoConfig, GenerationConfig
-
-    from modeling import load_tokenizer
 
     bf16 = run_config["arguments"]["mixed_precision"] == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -146,18 +150,27 @@ def merge_adapter(base_folder: Path, adapter_dir: Path, output_dir: Path, base: 
     scaling = lora_scaling(adapter_dir)
     quantized = quantized_weights(base_folder) if base == "dequantised" else set()
     # Where each tensor lies, and how large it becomes: the number of shards is in their names.
-    sources = {}
+    sources, shapes = {}, {}
     for file in weight_files(base_folder):
         with safe_open(file, framework="pt") as stream:
             for name in stream.keys():  # noqa: SIM118 - this is no dict
-                shape = stream.get_slice(name).get_shape()
-                sources[name] = (file, torch.Size(shape).numel() * dtype.itemsize)
+                shape = torch.Size(stream.get_slice(name).get_shape())
+                sources[name] = (file, shape.numel() * dtype.itemsize)
+                shapes[name] = shape
     adapted = {key.split(".lora_A.")[0] for key in lora if ".lora_A." in key}
     targets = {name.removeprefix("base_model.model.") + ".weight": name for name in adapted}
     if missing := (targets.keys() | quantized) - sources.keys():
         raise UserError(
             base_folder, f"no tensor {min(missing)} in its files", "merge with peft instead"
         )
+    for name, target in sorted(targets.items()):
+        a, b = (lora[f"{target}.lora_{matrix}.weight"].shape for matrix in "AB")
+        if (b[0], a[1]) != shapes[name]:
+            raise UserError(
+                adapter_dir / ADAPTER_WEIGHTS,
+                f"does not fit this base at {name}",
+                "give the base it was trained on",
+            )
     shards, filled = [[]], 0
     for name, (_, size) in sources.items():
         if shards[-1] and filled + size > MAX_SHARD_BYTES:
@@ -226,11 +239,11 @@ def lora_scaling(adapter_dir: Path) -> float:
     Raises:
         UserError: a variant whose product is scaled or composed in another way.
     """
-    config = json.loads((adapter_dir / "adapter_config.json").read_text(encoding="utf-8"))
+    config = json.loads((adapter_dir / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     for name in ("use_rslora", "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern"):
         if config.get(name):
             raise UserError(
-                adapter_dir / "adapter_config.json",
+                adapter_dir / ADAPTER_CONFIG,
                 f"{name} is not supported here",
                 "merge with peft's merge_and_unload instead",
             )
@@ -286,7 +299,7 @@ def check_texts(args, run_config: dict) -> list[str]:
     """Return the articles to compare on: rows of a file, or a French sentence if there is none."""
     recorded = run_config["data"].get("validation", {}).get("path", "")
     file = args.check_file or (recorded if Path(recorded).is_file() else None)
-    if args.check_rows <= 0:
+    if args.check_rows == 0:
         return []
     if file is None:
         return [PROBE]

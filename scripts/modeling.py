@@ -4,6 +4,7 @@ Nothing about precision is assumed: what was asked for is checked on the loaded 
 """
 
 import json
+import sys
 import warnings
 from pathlib import Path
 
@@ -11,15 +12,19 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.utils import logging
 
 from exit_codes import UserError, note
-from prompting import check_tokenizer
-from run_folder import ADAPTER_WEIGHTS
+from run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
-# The first is said by plan.py in its own words, the second by PEFT of PEFT's own calls.
+# The first is said by plan.py in its own words, the second by PEFT of PEFT's own calls, the third
+# where a base has moved; that it is the right one, its fingerprint has told.
 warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated")
+warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path` was renamed")
+if not sys.stderr.isatty():  # in a log, the bar of loading would stand before a complaint
+    logging.disable_progress_bar()
 
 
 def nf4_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -30,18 +35,6 @@ def nf4_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
     )
-
-
-def load_tokenizer(folder: str):
-    """Return the tokenizer of a model or run folder once it is known to keep French intact."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # a class that does not fit its files may fail in any way
-        raise UserError(
-            folder, f"no usable tokenizer ({str(error).splitlines()[0]})", "add its files"
-        ) from None
-    check_tokenizer(tokenizer, folder)
-    return tokenizer
 
 
 def load_base(folder: str, device: torch.device, dtype: torch.dtype, nf4: bool):
@@ -61,7 +54,10 @@ def load_base(folder: str, device: torch.device, dtype: torch.dtype, nf4: bool):
             quantization_config=nf4_config(dtype) if nf4 else None,
             use_safetensors=True,
         )
-    except (OSError, SafetensorError) as error:
+    except torch.OutOfMemoryError:  # no fault of the files
+        raise
+    # Files that do not fit each other are a ValueError or a RuntimeError of transformers.
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         raise UserError(
             folder, f"the model cannot be loaded ({str(error).splitlines()[0]})", "check its files"
         ) from None
@@ -144,7 +140,7 @@ def attach_adapter(base, adapter_dir: str):
         config = LoraConfig(**_lora_arguments(adapter_dir))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
-            adapter_dir, f"no usable adapter_config.json ({error})", "give a run folder"
+            adapter_dir, f"no usable {ADAPTER_CONFIG} ({error})", "give a run folder"
         ) from None
     model = get_peft_model(base, config)
     load_adapter_weights(model, Path(adapter_dir, ADAPTER_WEIGHTS))
@@ -184,7 +180,7 @@ def adapter_state_dict(model) -> dict[str, torch.Tensor]:
 def _lora_arguments(adapter_dir: str) -> dict:
     from dataclasses import fields
 
-    recorded = json.loads(Path(adapter_dir, "adapter_config.json").read_text(encoding="utf-8"))
+    recorded = json.loads(Path(adapter_dir, ADAPTER_CONFIG).read_text(encoding="utf-8"))
     if recorded.get("peft_type") != "LORA":
         raise ValueError(f"peft_type is {recorded.get('peft_type')!r}, not 'LORA'")
     known = {field.name for field in fields(LoraConfig)} - {"peft_type", "auto_mapping"}

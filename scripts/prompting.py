@@ -210,6 +210,24 @@ def prompt_of_run(tokenizer, settings: dict, where: str) -> Prompt:
     return prompt
 
 
+def load_tokenizer(folder: str):
+    """Return the tokenizer of a model or run folder once it is known to keep French intact.
+
+    It is loaded before the libraries of a model are imported: what is wrong with it, or with the
+    length of a prompt, is then told in half the time.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # a class that does not fit its files may fail in any way
+        raise UserError(
+            folder, f"no usable tokenizer ({str(error).splitlines()[0]})", "add its files"
+        ) from None
+    check_tokenizer(tokenizer, folder)
+    return tokenizer
+
+
 def check_tokenizer(tokenizer, name: str) -> None:
     """Refuse a tokenizer that loses French, or that ignores parts of its own tokenizer.json.
 

@@ -23,29 +23,68 @@ RUN_CONFIG = "run_config.json"
 METRICS = "metrics.jsonl"
 LOCK = ".lock"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
 SAMPLED_BYTES = 1 << 20  # of each weight file that go into its fingerprint
 
 
-def check_model_folder(name: str) -> None:
+def check_model_folder(name: str, run_dir: str | None = None) -> None:
     """Refuse, before anything heavy is imported, a name that cannot be a model.
 
+    `run_dir` is the run whose record gives the name, if it was not the user.
+
     Raises:
-        UserError: a path that is not there, or a folder without config or safetensors weights.
+        UserError: a path that is not there, or a folder without config or whole safetensors.
     """
     folder = Path(name)
     if not folder.exists():
         if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+            if run_dir:
+                raise UserError(
+                    run_dir,
+                    f"its base is not at {name} any more",
+                    "say where it lies now with --model_name_or_path",
+                )
             raise UserError(name, "there is no such model folder", "check the path")
         return  # owner/name: the Hub's, or its local cache's, to find
     if not (folder / "config.json").is_file():
         raise UserError(name, "no config.json in this folder", "give the folder of a model")
+    _read_json(folder / "config.json")
     if not any(folder.glob("*.safetensors")):
         raise UserError(
             name,
             "no *.safetensors weights in this folder",
             "convert the model to safetensors (pickled weights are never loaded)",
         )
+    for file in sorted(folder.glob("*.safetensors")):
+        check_safetensors(file)
+
+
+def check_safetensors(file: Path) -> None:
+    """Refuse a file of weights that is cut off or something else, by its header and its size.
+
+    Raises:
+        UserError: as said.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="np"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise UserError(file, f"not whole ({error})", "copy or download it again") from None
+
+
+def check_adapter(run_dir: str) -> None:
+    """Refuse the folder of a run whose adapter is damaged.
+
+    Raises:
+        UserError: as said.
+    """
+    check_safetensors(Path(run_dir, ADAPTER_WEIGHTS))
+    if not Path(run_dir, ADAPTER_CONFIG).is_file():
+        raise UserError(run_dir, f"no {ADAPTER_CONFIG} in it", "restore the file")
+    _read_json(Path(run_dir, ADAPTER_CONFIG))
 
 
 def check_output_dir(output_dir: str, own_files: tuple[str, ...] = ()) -> None:
@@ -78,15 +117,19 @@ def read_run_config(run_dir: str) -> dict:
     file = Path(run_dir, RUN_CONFIG)
     if not file.is_file():
         raise UserError(run_dir, f"no {RUN_CONFIG} in it", "give the output folder of train.py")
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(str(file), f"not valid JSON ({error})", "restore the file") from None
+    record = _read_json(file)
     if not isinstance(record, dict) or not {"kind", "arguments", "prompt"} <= record.keys():
         raise UserError(
             str(file), "not the record of a run", "give a folder that train.py or merge.py made"
         )
     return record
+
+
+def _read_json(file: Path):
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(file, f"not valid JSON ({error})", "restore the file") from None
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -294,17 +337,25 @@ def resolve_model_folder(name: str) -> Path:
     """
     if Path(name).is_dir():
         return Path(name)
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     patterns = ["*.json", "*.safetensors", "tokenizer*", "*.jinja"]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # gated, unknown, offline: the Hub client says which
+        folder = snapshot_download(name, allow_patterns=patterns)
+    except Exception as error:  # gated, unknown, no network: the Hub client says which
+        if constants.HF_HUB_OFFLINE:  # it has looked no further than its cache
+            raise UserError(
+                name,
+                "neither a folder here nor in the Hub's cache, and HF_HUB_OFFLINE is set",
+                "download it where there is a network, or give --model_name_or_path its folder",
+            ) from None
         raise UserError(
             name,
             f"neither a folder here nor a model to be had from the Hub ({_first_line(error)})",
             "check the name and your access, or download it and give the folder",
         ) from None
+    check_model_folder(folder)  # a download may have broken off, or hold pickles only
+    return Path(folder)
 
 
 def model_fingerprint(folder: Path) -> str:

@@ -19,7 +19,8 @@ from pathlib import Path
 from articles import Columns, check_articles, open_articles
 from exit_codes import STOPPED, note, run
 from hygiene import Survey, report_rows, report_titles
-from prompting import PROMPTS, Prompt, read_template
+from machine import check_devices
+from prompting import PROMPTS, Prompt, load_tokenizer, read_template
 from run_folder import (
     LOCK,
     check_model_folder,
@@ -89,7 +90,7 @@ def parse_args(argv=None):
             if not 0 <= value < 2**32:  # numpy takes no larger seed
                 parser.error(f"--{name} {value}: give a number from 0 to below 2**32")
         elif type(value) in (int, float) and not 0 < value < math.inf:
-            parser.error(f"--{name} {value}: give a number above 0")
+            parser.error(f"--{name} {value}: give a {'finite ' * (value > 0)}number above 0")
     if args.metric_for_best_model == "rougeL" and args.num_eval_titles == 0:
         parser.error("--metric_for_best_model rougeL: needs --num_eval_titles above 0")
     return args
@@ -111,13 +112,19 @@ def main(argv=None):
         split: check_articles(survey.path, columns, split, survey=survey)
         for split, survey in surveys.items()
     }
+    base_folder = resolve_model_folder(args.model_name_or_path)
+    check_devices()
+    tokenizer = load_tokenizer(str(base_folder))
+    prompt = Prompt(
+        tokenizer, template, args.apply_chat_template, args.max_length, args.max_title_tokens
+    )
     report_rows(surveys)  # nothing is dropped or repaired
 
     with locked(Path(args.output_dir, LOCK), args.output_dir), StopRequest(args.max_time) as stop:
-        return train(args, columns, template, checked, surveys, stop)
+        return train(args, columns, base_folder, prompt, checked, surveys, stop)
 
 
-def train(args, columns, template, checked, surveys, stop):
+def train(args, columns, base_folder, prompt, checked, surveys, stop):
     """Run the training that the checked arguments ask for; return STOPPED if `stop` was asked."""
     # These take seconds to import, which a complaint about the input should not have to wait for.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of optional kernels not installed
@@ -140,7 +147,7 @@ def train(args, columns, template, checked, surveys, stop):
         set_later_ones_aside,
     )
     from memory import peak_memory
-    from modeling import check_targets, load_base, load_tokenizer
+    from modeling import check_targets, load_base
     from plan import describe_plan, measure_lengths
 
     # ------------------------------------------------------------------ accelerator and seed
@@ -156,12 +163,7 @@ def train(args, columns, template, checked, surveys, stop):
     torch.backends.cuda.matmul.fp32_precision = "tf32"  # for what stays in fp32
     set_seed(args.seed)  # the same on every process, so that LoRA begins alike everywhere
 
-    # ------------------------------------------------------------------ tokenizer and articles
-    base_folder = resolve_model_folder(args.model_name_or_path)
-    tokenizer = load_tokenizer(str(base_folder))
-    prompt = Prompt(
-        tokenizer, template, args.apply_chat_template, args.max_length, args.max_title_tokens
-    )
+    # ------------------------------------------------------------------ articles
     train_articles = open_articles(args.train_file, columns)
     lengths = measure_lengths(prompt, train_articles)
     report_titles(surveys["train"], lengths, args.max_title_tokens)
@@ -215,7 +217,7 @@ def train(args, columns, template, checked, surveys, stop):
         # After prepare, which would copy paged states into ordinary GPU memory.
         state = load_checkpoint(checkpoint, unwrapped, paged_adamw)
     on_main_process(accelerator, set_later_ones_aside, output_dir, state["completed_steps"])
-    on_main_process(accelerator, write_run, output_dir, run_config, tokenizer, state)
+    on_main_process(accelerator, write_run, output_dir, run_config, prompt.tokenizer, state)
     accelerator.init_trackers("manchette", {k: str(v) for k, v in vars(args).items()})
     plan = describe_plan(
         args,

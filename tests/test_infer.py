@@ -17,7 +17,7 @@ from conftest import (
 
 import infer
 from exit_codes import UserError
-from prompting import Prompt
+from prompting import Prompt, load_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -74,7 +74,7 @@ def test_the_adapter_changes_the_titles(predicted, tiny_model, news, tmp_path):
 
 
 def load(folder, dtype=torch.float32, nf4=False):
-    from modeling import load_base, load_tokenizer
+    from modeling import load_base
 
     model = load_base(str(folder), CPU, dtype, nf4)
     return model, Prompt(load_tokenizer(str(folder)), "{article}\nTitre :", False, 160, 12)

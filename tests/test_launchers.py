@@ -1,5 +1,6 @@
 """The launchers, configs, prompts and README. Run: python -m pytest tests/test_launchers.py"""
 
+import contextlib
 import importlib
 import json
 import os
@@ -18,7 +19,7 @@ from conftest import ROOT, SCRIPTS, train_args
 
 import infer
 import train
-from exit_codes import STOPPED
+from exit_codes import STOPPED, UserError
 
 LAUNCHERS = ("run_train.sh", "run_infer.sh")
 FAKE_ACCELERATE = """#!/usr/bin/env python3
@@ -77,6 +78,11 @@ def parsed(argv, script):
     return script.parse_args(argv[5:])
 
 
+def check(config="cpu") -> str:
+    """Return the call of python that comes before all others."""
+    return f"scripts/machine.py --config_file accelerate_configs/{config}.yaml"
+
+
 REAL = {"MODEL": "m", "TRAIN_FILE": "t t.csv", "VALIDATION_FILE": "v.csv", "RUN_DIR": "runs/x"}
 REAL |= {"INPUT_FILE": "i.csv"}
 
@@ -90,7 +96,7 @@ def test_train_launcher_passes_variables_and_options(launch):
     assert (args.validation_file, args.output_dir, args.lora_r) == ("v.csv", "runs/x", 8)
     assert args.learning_rate == 2e-4  # a real model trains with the report's settings
     assert args.activation_checkpointing
-    assert python == []
+    assert python == [check("single_gpu")]
 
 
 def test_train_launcher_makes_the_demo_only_for_the_demo(launch):
@@ -99,7 +105,7 @@ def test_train_launcher_makes_the_demo_only_for_the_demo(launch):
     assert args.model_name_or_path == "demo/model"
     assert (args.train_file, args.validation_file) == ("demo/train.csv", "demo/validation.csv")
     assert args.output_dir == "runs/demo"
-    assert python == ["scripts/make_demo.py --output_dir demo"]
+    assert python == [check(), "scripts/make_demo.py --output_dir demo"]
 
 
 def test_infer_launcher_goes_through_the_reports_steps(launch, tmp_path):
@@ -114,7 +120,8 @@ def test_infer_launcher_goes_through_the_reports_steps(launch, tmp_path):
     assert {call.max_new_tokens for call in (untuned, adapter, merged)} == {9}
     outputs = [call.output_file for call in (untuned, adapter, merged)]
     assert outputs == [str(tmp_path / f"out/{n}.csv") for n in ("untuned", "adapter", "merged")]
-    merge_argv, score_argv = (shlex.split(line) for line in python)
+    assert python[0] == check()
+    merge_argv, score_argv = (shlex.split(line) for line in python[1:])
     import merge
     import score
 
@@ -126,7 +133,7 @@ def test_infer_launcher_goes_through_the_reports_steps(launch, tmp_path):
 
 def test_infer_launcher_without_references_does_not_score(launch):
     _, python = launch(ROOT / "run_infer.sh", **REAL)
-    assert [line.split()[0] for line in python] == ["scripts/merge.py"]
+    assert [line.split()[0] for line in python[1:]] == ["scripts/merge.py"]
 
 
 CALLS = [("run_train.sh", "1"), *(("run_infer.sh", call) for call in "123")]
@@ -408,6 +415,53 @@ CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 
 def test_there_are_the_configs_that_the_readme_names():
     assert {path.stem for path in CONFIGS} == {"cpu", "single_gpu", "multi_gpu"}
+
+
+@pytest.mark.parametrize("gpus", [0, 1, 2, 8])
+@pytest.mark.parametrize(("config", "needed"), [("cpu", 0), ("single_gpu", 1), ("multi_gpu", 2)])
+def test_a_config_is_refused_where_its_gpus_are_missing(monkeypatch, config, needed, gpus):
+    import machine
+
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: gpus)
+    file = str(ROOT / f"accelerate_configs/{config}.yaml")
+    if gpus >= needed:
+        assert machine.main(["--config_file", file]) is None
+        return
+    with pytest.raises(UserError) as error:
+        machine.main(["--config_file", file])
+    asked = {1: "a GPU", 2: "2 GPUs"}[needed]
+    there, advice = (
+        ("is 1", "set num_processes to 1")
+        if gpus
+        else ("is none", "use accelerate_configs/cpu.yaml")
+    )
+    complaint = f"{file}: the config asks for {asked} and there {there}; {advice}"
+    assert str(error.value) == complaint
+
+
+@pytest.mark.parametrize(
+    ("variables", "gpus", "refused"),
+    [
+        ({}, 0, False),  # plain python: nobody asked for a GPU
+        ({"ACCELERATE_USE_CPU": "True"}, 0, False),
+        ({"ACCELERATE_USE_CPU": "true", "LOCAL_WORLD_SIZE": "2"}, 0, False),
+        ({"ACCELERATE_USE_CPU": "False"}, 0, True),
+        ({"ACCELERATE_USE_CPU": "False"}, 1, False),
+        ({"LOCAL_WORLD_SIZE": "2"}, 0, True),
+        ({"LOCAL_WORLD_SIZE": "2"}, 1, True),
+        ({"LOCAL_WORLD_SIZE": "2"}, 2, False),
+    ],
+)
+def test_processes_are_refused_where_their_gpus_are_missing(monkeypatch, variables, gpus, refused):
+    import machine
+
+    for name in ("ACCELERATE_USE_CPU", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: gpus)
+    with pytest.raises(UserError) if refused else contextlib.nullcontext():
+        machine.check_devices()
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)

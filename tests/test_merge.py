@@ -118,8 +118,7 @@ def test_the_folder_is_an_ordinary_model(merged, run_dir):
 
 def test_plain_transformers_loads_it_without_peft_and_writes_the_same(merged, run_dir, tmp_path):
     """In a fresh process where peft and bitsandbytes cannot be imported, by path alone."""
-    from modeling import load_tokenizer
-    from prompting import prompt_of_run
+    from prompting import load_tokenizer, prompt_of_run
 
     for name in ("peft", "bitsandbytes"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('not installed')")
@@ -166,8 +165,8 @@ def model_is_tied(folder) -> bool:
 
 def test_in_fp32_the_merged_model_writes_the_titles_of_the_adapter(run_dir, tmp_path):
     """In bf16 the rounding of the sum may tip a near tie; in fp32 there is nothing to tip it."""
-    from modeling import attach_adapter, load_base, load_tokenizer
-    from prompting import prompt_of_run
+    from modeling import attach_adapter, load_base
+    from prompting import load_tokenizer, prompt_of_run
 
     copy = tmp_path / "run"
     shutil.copytree(run_dir, copy)

@@ -1,5 +1,6 @@
 """modeling.py: what is loaded is what was asked. Run: python -m pytest tests/test_modeling.py"""
 
+import json
 import shutil
 
 import pytest
@@ -8,6 +9,7 @@ from conftest import byte_level_tokenizer, save_tiny_model
 
 import modeling
 from exit_codes import UserError
+from prompting import Prompt, load_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -191,16 +193,26 @@ def test_truncated_weights_and_missing_tokenizers_are_told_in_one_line(tiny_mode
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
     with pytest.raises(UserError, match="no usable tokenizer"):
-        modeling.load_tokenizer(str(folder))
+        load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize("change", [{"model_type": "nope"}, {"vocab_size": 480}])
+def test_a_config_that_does_not_fit_is_told_in_one_line(tiny_model, tmp_path, change):
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "config.json").read_text()) | change
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="the model cannot be loaded") as error:
+        modeling.load_base(str(folder), CPU, torch.bfloat16, nf4=True)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("autocast", [True, False])
 def test_generation_works_in_and_out_of_autocast(tiny_model, autocast):
     from infer import generate_titles
-    from prompting import Prompt
 
     model = with_lora(modeling.load_base(str(tiny_model), CPU, torch.bfloat16, nf4=True)).eval()
-    prompt = Prompt(modeling.load_tokenizer(str(tiny_model)), "{article}\nTitre :", False, 128, 8)
+    prompt = Prompt(load_tokenizer(str(tiny_model)), "{article}\nTitre :", False, 128, 8)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         titles = list(generate_titles(model, prompt, ["Le maire de Nîmes", "Un but"]))
     assert sorted(index for index, _ in titles) == [0, 1]

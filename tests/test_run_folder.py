@@ -69,7 +69,9 @@ def small_model(tmp_path):
     folder = tmp_path / "a model"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").write_bytes(b"x" * 1000)
+    header = b'{"w":{"dtype":"U8","shape":[928],"data_offsets":[0,928]}}'.ljust(64)
+    content = len(header).to_bytes(8, "little") + header + b"x" * 928
+    (folder / "model.safetensors").write_bytes(content)
     return folder
 
 
@@ -98,10 +100,21 @@ def test_complaints_about_a_model_folder(tmp_path, small_model):
     assert refusal(check_model_folder, file) == (
         f"{file}: no config.json in this folder; give the folder of a model"
     )
+    weights = small_model / "model.safetensors"
+    for content in (weights.read_bytes()[:-1], b"version https://git-lfs.github.com/spec/v1", b""):
+        weights.write_bytes(content)
+        complaint = refusal(check_model_folder, str(small_model))
+        assert complaint.startswith(f"{weights}: not whole (")
+        assert complaint.endswith("); copy or download it again")
 
 
-def test_a_model_that_the_hub_does_not_give_is_refused(small_model):
+def test_a_model_that_the_hub_does_not_give_is_refused(small_model, monkeypatch):
     assert resolve_model_folder(str(small_model)) == small_model
+    assert refusal(resolve_model_folder, "owner/no-such-model") == (
+        "owner/no-such-model: neither a folder here nor in the Hub's cache, and HF_HUB_OFFLINE is "
+        "set; download it where there is a network, or give --model_name_or_path its folder"
+    )
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     complaint = refusal(resolve_model_folder, "owner/no-such-model")
     assert complaint.startswith(
         "owner/no-such-model: neither a folder here nor a model to be had from the Hub ("

@@ -277,8 +277,8 @@ def loaded(tiny_model):
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from modeling import load_base, load_tokenizer
-    from prompting import Prompt
+    from modeling import load_base
+    from prompting import Prompt, load_tokenizer
 
     torch.manual_seed(0)
     base = load_base(str(tiny_model), torch.device("cpu"), torch.float32, nf4=True)
@@ -349,8 +349,8 @@ def test_logged_figures_equal_an_offline_recomputation(one_by_one, tiny_model, n
 
     from articles import Columns, iterate_articles
     from batching import epoch_order
-    from modeling import load_base, load_tokenizer
-    from prompting import Prompt, read_template
+    from modeling import load_base
+    from prompting import Prompt, load_tokenizer, read_template
 
     set_seed(42)
     base = load_base(str(tiny_model), torch.device("cpu"), torch.float32, nf4=True)
@@ -376,8 +376,8 @@ def test_evaluation_loss_is_per_title_token_of_all_rows(trained, news):
     import torch
 
     from articles import Columns, iterate_articles
-    from modeling import attach_adapter, load_base, load_tokenizer
-    from prompting import prompt_of_run
+    from modeling import attach_adapter, load_base
+    from prompting import load_tokenizer, prompt_of_run
 
     config = json.loads((trained / "run_config.json").read_text())
     base = load_base(config["base_model"], torch.device("cpu"), torch.bfloat16, nf4=True)
@@ -454,8 +454,8 @@ def test_generation_in_training_equals_that_of_the_saved_adapter(trained, tiny_m
 
     from articles import Columns, iterate_articles
     from infer import generate_titles
-    from modeling import attach_adapter, load_base, load_tokenizer
-    from prompting import prompt_of_run
+    from modeling import attach_adapter, load_base
+    from prompting import load_tokenizer, prompt_of_run
 
     config = json.loads((trained / "run_config.json").read_text())
     base = load_base(config["base_model"], torch.device("cpu"), torch.bfloat16, nf4=True)
