@@ -55,7 +55,11 @@ def load_checkpoint(checkpoint: Path, model, optimizer) -> dict:
     try:
         state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
         tensors = load_file(checkpoint / OPTIMIZER)
-    except (OSError, ValueError, SafetensorError) as error:
+        if checkpoint.name != _name(state["completed_steps"]):
+            raise ValueError(f"{STATE} is that of update {state['completed_steps']}")
+        if state["best_step"] is not None:  # it names a folder
+            _name(state["best_step"])
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(checkpoint, f"unusable checkpoint ({error})", "give another one") from None
     load_adapter_weights(model, checkpoint / ADAPTER_WEIGHTS)
     numbers = state.pop("optimizer")

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import unicodedata
 from pathlib import Path
 
 DONE = 0
@@ -17,10 +18,18 @@ class UserError(Exception):
         super().__init__(f"{where}: {problem}; {advice}")
 
 
+def printable(text: str) -> str:
+    """Return text as a terminal may show it: what data or a model wrote can hold escape sequences
+    that move the cursor, and marks that turn the reading direction around."""
+    return "".join(
+        c if c.isprintable() or unicodedata.category(c) == "Zs" else repr(c)[1:-1] for c in text
+    )
+
+
 def note(text: str) -> None:
     """Print what the user may want to know but need not act on; once, whatever the processes."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"NOTE: {text}", flush=True)
+        print(f"NOTE: {printable(text)}", flush=True)
 
 
 def run(main) -> None:
@@ -37,7 +46,7 @@ def run(main) -> None:
         code = USER_ERROR
         if os.environ.get("RANK", "0") == "0":
             # What it quotes, such as the error of a library, may have lines; a complaint has one.
-            print("error:", " ".join(str(error).split("\n")), file=sys.stderr)
+            print("error:", printable(" ".join(str(error).split("\n"))), file=sys.stderr)
     except SystemExit as exit_request:  # argparse: 0 after --help, 2 after a complaint of its own
         code = exit_request.code or DONE
         if isinstance(code, str):  # sys.exit("what went wrong")

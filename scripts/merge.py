@@ -77,7 +77,7 @@ def main(argv=None):
     import torch
     from transformers import AutoConfig, GenerationConfig
 
-    from modeling import load_tokenizer
+    from modeling import OWN_FILES_ONLY, load_tokenizer
 
     bf16 = run_config["arguments"]["mixed_precision"] == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -92,7 +92,7 @@ def main(argv=None):
     temporary.mkdir()
     try:
         merge_adapter(base_folder, Path(args.run_dir), temporary, args.base, dtype)
-        config = AutoConfig.from_pretrained(base_folder)
+        config = AutoConfig.from_pretrained(base_folder, **OWN_FILES_ONLY)
         config.dtype, config.use_cache = dtype, True
         config.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -215,7 +215,7 @@ def base_generation_config(base_folder: Path):
     from transformers import GenerationConfig
 
     try:
-        return GenerationConfig.from_pretrained(base_folder)
+        return GenerationConfig.from_pretrained(base_folder, local_files_only=True)
     except OSError:
         return None
 
@@ -242,8 +242,11 @@ def quantized_weights(base_folder: Path) -> set[str]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from modeling import OWN_FILES_ONLY
+
+    config = AutoConfig.from_pretrained(base_folder, **OWN_FILES_ONLY)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base_folder))
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     head = model.get_output_embeddings()
     linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     return {f"{name}.weight" for name, layer in linear.items() if layer is not head}

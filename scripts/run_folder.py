@@ -11,15 +11,26 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import subprocess
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
-from exit_codes import UserError, note
+from exit_codes import UserError, note, printable
 
 RUN_CONFIG = "run_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+RECORDED = {"arguments": dict, "prompt": dict, "data": dict}
+RECORDED |= {"kind": str, "base_model": str, "base_fingerprint": str}
+PROMPT_SETTINGS = {"template": str, "apply_chat_template": bool, "ids_sha256": str}
+PROMPT_SETTINGS |= {"max_length": int, "max_title_tokens": int}
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_./][A-Za-z0-9_./-]*")  # that needs no quotes in YAML
 SAMPLED_BYTES = 1 << 20  # of each weight file that go into its fingerprint
+# With this package, bitsandbytes at its import, and transformers for a config.json that asks for
+# it, fetch compiled code from the Hub and run it. None makes both believe that there is none.
+sys.modules["kernels"] = None
 
 
 def check_model_folder(name: str) -> None:
@@ -41,6 +52,37 @@ def check_model_folder(name: str) -> None:
             "no *.safetensors weights in this folder",
             "convert the model to safetensors (pickled weights are never loaded)",
         )
+    if (folder / "adapter_config.json").exists():
+        raise UserError(
+            name,
+            "transformers would load the adapter beside this model, or another base, unasked",
+            "remove adapter_config.json, or give the base and the adapter's run folder",
+        )
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            # Such a file may be a pickle, or lie elsewhere: transformers joins path and name.
+            wrong = [f for f in files if not f.endswith(".safetensors") or Path(f).name != f]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(index, f"no index of weights ({error})", "restore the file") from None
+        if wrong:
+            raise UserError(
+                index, f"{min(wrong)!r} is no *.safetensors of this folder", "restore the file"
+            )
+
+
+def check_links(paths: Iterable[Path]) -> None:
+    """Refuse symbolic links where files are written: what they point to would be changed.
+
+    Raises:
+        UserError: as said.
+    """
+    for path in paths:
+        if path.is_symlink():
+            raise UserError(
+                path, "a symbolic link, which may lead anywhere", "put what it names in its place"
+            )
 
 
 def check_output_dir(output_dir: str, own_files: tuple[str, ...] = ()) -> None:
@@ -80,12 +122,22 @@ def read_run_config(run_dir: str) -> dict:
         raise UserError(
             str(file), "not the record of a run", "give a folder that train.py or merge.py made"
         )
+    for name, kind in RECORDED.items():
+        value = record.get(name, kind())
+        fits = isinstance(value, kind)
+        if fits and name == "prompt":
+            fits = all(type(v) is PROMPT_SETTINGS.get(key) for key, v in value.items())
+        if fits and name == "data":
+            fits = all(isinstance(v, dict) and type(v.get("rows")) is int for v in value.values())
+        if not fits:
+            raise UserError(str(file), f"'{name}' holds what no run writes", "restore the file")
     return record
 
 
 def write_json(path: Path, content: dict) -> None:
     """Write JSON under a temporary name and rename it, so that no reader ever sees half of it."""
     temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)  # were it a link, what it names would be overwritten
     temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
@@ -199,14 +251,22 @@ def log_metrics(accelerator, output_dir: Path, metrics: dict) -> None:
 
 
 def model_card(run_config: dict) -> str:
-    """Return the README of a run or merged folder."""
+    """Return the README of a run or merged folder.
+
+    A merge writes it from the record of a run folder that somebody else may have made: no value
+    of it gets to be YAML, Markdown or HTML.
+    """
     arguments, merged = run_config["arguments"], run_config["kind"] == "merged"
     names = ("lora_r", "lora_alpha", "lora_dropout", "learning_rate", "warmup_ratio")
     names += ("max_grad_norm", "num_train_epochs", "max_length", "seed")
-    rows = "\n".join(f"| {name} | {arguments[name]} |" for name in names)
-    data = "\n".join(f"- {split}: {d['rows']:,} rows" for split, d in run_config["data"].items())
+    rows = "\n".join(f"| {name} | {_quoted(arguments[name])} |" for name in names)
+    splits = run_config["data"].items()
+    data = "\n".join(f"- {_quoted(split)}: {file['rows']:,} rows" for split, file in splits)
+    base = printable(run_config["base_model"])
+    template, step = run_config["prompt"]["template"], _quoted(run_config["adapter_step"])
+    fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", template)), 0)
     return f"""---
-base_model: {run_config["base_model"]}
+base_model: {base if PLAIN_NAME.fullmatch(base) else json.dumps(base, ensure_ascii=False)}
 language: fr
 library_name: {"transformers" if merged else "peft"}
 pipeline_tag: text-generation
@@ -215,13 +275,13 @@ pipeline_tag: text-generation
 # Titles for French news articles
 
 {"A model with its LoRA adapter merged in" if merged else "A LoRA adapter"}, trained with QLoRA on
-top of `{run_config["base_model"]}` (fingerprint {run_config["base_fingerprint"]}).
+top of {_quoted(base, code=True)} (fingerprint {_quoted(run_config["base_fingerprint"])}).
 
 ## Prompt
 
-```
-{run_config["prompt"]["template"]}
-```
+{fence}
+{template}
+{fence}
 
 ## Data
 
@@ -231,11 +291,17 @@ top of `{run_config["base_model"]}` (fingerprint {run_config["base_fingerprint"]
 
 | setting | value |
 |--|--|
-| articles per update | {run_config["articles_per_update"]} |
+| articles per update | {_quoted(run_config["articles_per_update"])} |
 {rows}
 
-After update {run_config["adapter_step"]}; all else is in `{RUN_CONFIG}` and `metrics.jsonl`.
+After update {step}; all else is in `{RUN_CONFIG}` and `metrics.jsonl`.
 """
+
+
+def _quoted(value, code: bool = False) -> str:
+    """Return a value for a line of Markdown: plain words as they are, all else as code."""
+    text = printable(str(value)).replace("`", "'").replace("|", "¦")  # these would end a code span
+    return text if not code and PLAIN_NAME.fullmatch(text.replace(" ", "_")) else f"`{text}`"
 
 
 def resolve_model_folder(name: str) -> Path:
@@ -250,13 +316,15 @@ def resolve_model_folder(name: str) -> Path:
 
     patterns = ["*.json", "*.safetensors", "tokenizer*", "*.jinja"]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        folder = Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # gated, unknown, offline: the Hub client says which
         raise UserError(
             name,
-            f"neither a folder here nor a model to be had from the Hub ({_first_line(error)})",
+            f"neither a folder here nor a model to be had from the Hub ({first_line(error)})",
             "check the name and your access, or download it and give the folder",
         ) from None
+    check_model_folder(str(folder))
+    return folder
 
 
 def model_fingerprint(folder: Path) -> str:
@@ -315,5 +383,6 @@ def note_override(flag: str, used, recorded) -> None:
     note(f"{flag} {used!r} overrides {recorded!r} of the run folder")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return what an error says in its first line, or its kind where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -17,9 +17,10 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from articles import Columns, check_articles, open_articles
-from exit_codes import note, run
+from exit_codes import note, printable, run
 from prompting import PROMPTS, Prompt, read_template
 from run_folder import (
+    check_links,
     check_model_folder,
     check_output_dir,
     check_tracker,
@@ -96,6 +97,7 @@ def main(argv=None):
     template = read_template(args.prompt_file)
     check_model_folder(args.model_name_or_path)
     check_tracker(args.report_to)
+    check_links(Path(args.output_dir).rglob("*"))
     if not args.resume_from_checkpoint:  # else `find_checkpoint` looks at what is there
         check_output_dir(args.output_dir)
     checked = {"train": check_articles(args.train_file, columns)}
@@ -337,7 +339,8 @@ def evaluate(accelerator, model, prompt, articles, args, state) -> None:
         rouge = score_titles(predictions, references, language=False)["rouge"]
         figures["eval_rougeL"] = rouge["default"]["rougeL"]
         for prediction, reference in titles[:3]:
-            accelerator.print(f"\n  written: {prediction}\n  true:    {reference}")
+            shown = f"\n  written: {printable(prediction)}\n  true:    {printable(reference)}"
+            accelerator.print(shown)
     log_metrics(accelerator, Path(args.output_dir), {"step": state["completed_steps"]} | figures)
     accelerator.print(", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
     by_loss = args.metric_for_best_model == "loss"
