@@ -664,3 +664,28 @@ def test_a_complaint_shows_what_is_in_a_file_without_obeying_it(run_script, tmp_
         code=2,
     )
     assert printable(result.stderr[:-1]) == result.stderr[:-1]
+
+
+# ---------------------------------------------------------------------- libraries
+
+AFFECTED = {  # the last release with an advisory that README's "Security" names
+    "transformers": ("CVE-2026-4372, -5241, -9856", "5.9.0"),
+    "datasets": ("PYSEC-2026-3716", "5.0.0"),
+    "jinja2": ("CVE-2025-27516", "3.1.5"),
+    "sentencepiece": ("CVE-2026-1260", "0.2.0"),
+    "protobuf": ("CVE-2025-4565", "6.31.0"),
+    "torch": ("CVE-2026-24747", "2.9.1"),
+    "accelerate": ("GHSA-4j2p-28q2-5m79", "1.14.0"),
+}
+
+
+@pytest.mark.parametrize("package", AFFECTED)
+def test_requirements_exclude_releases_with_known_advisories(package):
+    from packaging.requirements import Requirement
+
+    lines = (SCRIPTS.parent / "requirements.txt").read_text().splitlines()
+    texts = [line.partition("#")[0].strip() for line in lines]
+    bounds = {Requirement(text).name: Requirement(text).specifier for text in texts if text}
+    advisory, last = AFFECTED[package]
+    assert not bounds[package].contains(last)
+    assert advisory in (SCRIPTS.parent / "README.md").read_text(encoding="utf-8")
