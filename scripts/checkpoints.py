@@ -182,6 +182,10 @@ def read_state(checkpoint: Path) -> dict:
         content = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
         if not isinstance(content, dict) or _sealed(content) != content:
             raise ValueError(f"{STATE} was changed")
+        if checkpoint.name != checkpoint_folder(Path(), content["completed_steps"]).name:
+            raise ValueError(f"{STATE} is that of update {content['completed_steps']}")
+        if content["best_step"] is not None:  # it names a folder
+            checkpoint_folder(Path(), content["best_step"])
         for name in (ADAPTER_WEIGHTS, OPTIMIZER):
             if file_sha256(checkpoint / name) != content["files"][name]:
                 raise ValueError(f"{name} is torn or was changed")

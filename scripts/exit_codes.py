@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 import traceback
+import unicodedata
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,10 +32,18 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def printable(text: str) -> str:
+    """Return text as a terminal may show it: what data or a model wrote can hold escape sequences
+    that move the cursor, and marks that turn the reading direction around."""
+    return "".join(
+        c if c.isprintable() or unicodedata.category(c) == "Zs" else repr(c)[1:-1] for c in text
+    )
+
+
 def note(text: str) -> None:
     """Print what the user may want to know but need not act on; once, whatever the processes."""
     if is_first_process():
-        print(f"NOTE: {text}", flush=True)
+        print(f"NOTE: {printable(text)}", flush=True)
 
 
 @contextmanager
@@ -74,7 +83,7 @@ def run(main) -> None:
         traceback.clear_frames(error.__traceback__)
         if tell:
             # What it quotes, such as the error of a library, may have lines; a complaint has one.
-            print("error:", " ".join(str(error).split("\n")), file=sys.stderr)
+            print("error:", printable(" ".join(str(error).split("\n"))), file=sys.stderr)
     except KeyboardInterrupt:
         code = INTERRUPTED
     except SystemExit as exit_request:  # argparse: 0 after --help, 2 after a complaint of its own

@@ -29,6 +29,7 @@ from run_folder import (
     RUN_CONFIG,
     check_adapter,
     check_base,
+    check_links,
     check_model_folder,
     commit,
     file_sha256,
@@ -97,6 +98,7 @@ def main(argv=None):
     output_file = Path(args.output_file)
     if not output_file.absolute().parent.is_dir():
         raise UserError(args.output_file, "there is no such folder", "make it first")
+    check_links(output_file.parent.glob(f"{glob.escape(output_file.stem)}.*"))
     checked = check_articles(args.input_file, columns, "test")
     base_folder = resolve_model_folder(source["model"])
     if source["adapter"]:

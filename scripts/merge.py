@@ -21,6 +21,7 @@ from prompting import PROBE, end_ids, load_tokenizer, prompt_of_run
 from run_folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    OWN_FILES_ONLY,
     RUN_CONFIG,
     check_adapter,
     check_base,
@@ -96,7 +97,7 @@ def main(argv=None):
     temporary.mkdir()
     try:
         merge_adapter(base_folder, Path(args.run_dir), temporary, args.base, dtype)
-        config = AutoConfig.from_pretrained(base_folder)
+        config = AutoConfig.from_pretrained(base_folder, **OWN_FILES_ONLY)
         config.dtype, config.use_cache = dtype, True
         config.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -228,7 +229,7 @@ def base_generation_config(base_folder: Path):
     from transformers import GenerationConfig
 
     try:
-        return GenerationConfig.from_pretrained(base_folder)
+        return GenerationConfig.from_pretrained(base_folder, local_files_only=True)
     except OSError:
         return None
 
@@ -255,8 +256,9 @@ def quantized_weights(base_folder: Path) -> set[str]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    config = AutoConfig.from_pretrained(base_folder, **OWN_FILES_ONLY)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base_folder))
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     head = model.get_output_embeddings()
     linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     return {f"{name}.weight" for name, layer in linear.items() if layer is not head}

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging
 
 from exit_codes import UserError, note
-from run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, OWN_FILES_ONLY, first_line
 
 # The first is said by plan.py in its own words, the second by PEFT of PEFT's own calls, the third
 # where a base has moved; that it is the right one, its fingerprint has told.
@@ -53,13 +53,14 @@ def load_base(folder: str, device: torch.device, dtype: torch.dtype, nf4: bool):
             device_map={"": device},
             quantization_config=nf4_config(dtype) if nf4 else None,
             use_safetensors=True,
+            **OWN_FILES_ONLY,
         )
     except torch.OutOfMemoryError:  # no fault of the files
         raise
     # Files that do not fit each other are a ValueError or a RuntimeError of transformers.
-    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+    except (OSError, SafetensorError, ValueError, ImportError, RuntimeError) as error:
         raise UserError(
-            folder, f"the model cannot be loaded ({str(error).splitlines()[0]})", "check its files"
+            folder, f"the model cannot be loaded ({first_line(error)})", "check its files"
         ) from None
     if nf4:
         check_nf4(model, dtype)
@@ -137,12 +138,11 @@ def attach_adapter(base, adapter_dir: str):
         UserError: the folder has no readable adapter, or one made for another base.
     """
     try:
-        config = LoraConfig(**_lora_arguments(adapter_dir))
-    except (OSError, ValueError, TypeError) as error:
+        model = get_peft_model(base, LoraConfig(**_lora_arguments(adapter_dir)))
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(
             adapter_dir, f"no usable {ADAPTER_CONFIG} ({error})", "give a run folder"
         ) from None
-    model = get_peft_model(base, config)
     load_adapter_weights(model, Path(adapter_dir, ADAPTER_WEIGHTS))
     if all(not p.any() for n, p in model.named_parameters() if "lora_B" in n):
         note(f"the adapter in {adapter_dir} changes nothing (every lora_B is zero)")
@@ -178,10 +178,23 @@ def adapter_state_dict(model) -> dict[str, torch.Tensor]:
 
 
 def _lora_arguments(adapter_dir: str) -> dict:
-    from dataclasses import fields
+    """Return the settings that train.py chooses: others name files, modules to import, or models.
 
-    recorded = json.loads(Path(adapter_dir, ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    if recorded.get("peft_type") != "LORA":
-        raise ValueError(f"peft_type is {recorded.get('peft_type')!r}, not 'LORA'")
-    known = {field.name for field in fields(LoraConfig)} - {"peft_type", "auto_mapping"}
-    return {key: value for key, value in recorded.items() if key in known}
+    Raises:
+        ValueError: this is another kind of adapter, or one with settings that train.py never makes.
+    """
+    recorded = json.loads(Path(adapter_dir, "adapter_config.json").read_text(encoding="utf-8"))
+    if not isinstance(recorded, dict) or recorded.get("peft_type") != "LORA":
+        found = recorded.get("peft_type") if isinstance(recorded, dict) else recorded
+        raise ValueError(f"peft_type is {found!r}, not 'LORA'")
+    chosen = {"task_type", "r", "lora_alpha", "lora_dropout", "target_modules"}
+    # How the matrices began does not matter, for they are loaded; nor where the base lay.
+    past = {"init_lora_weights", "inference_mode", "base_model_name_or_path", "revision"}
+    default = json.loads(json.dumps(LoraConfig().to_dict(), default=list))
+    for name in sorted(default.keys() - chosen - past - {"peft_type", "auto_mapping"}):
+        if name in recorded and recorded[name] != default[name]:
+            raise ValueError(f"{name} is {recorded[name]!r}, which train.py never sets")
+    targets = recorded.get("target_modules")
+    if not isinstance(targets, list):  # a string would be a regular expression
+        raise ValueError(f"target_modules is {targets!r}, not a list of names")
+    return {name: recorded[name] for name in chosen & recorded.keys()}

@@ -11,16 +11,19 @@ never cut out of a tokenised whole, so that no tokeniser can merge across a bord
 import hashlib
 import json
 import re
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
 from exit_codes import UserError
+from run_folder import OWN_FILES_ONLY, first_line
 
 PROMPTS = Path(__file__).resolve().parent.parent / "prompts"
 ARTICLE = "{article}"
 PROBE = "L'Élysée, cœur « évacué »\u00a0: 3,5 % d’œuvres à Nîmes — où ? Ça, 1 200 €."
 # Some chat formats tell the date: today's would make another prompt of them every day.
 SAME_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
+ATTEMPTS = 8  # to break what a tokenizer puts together again
 BRACKETED = re.compile(r"<\|[^|<>\s]+\|>|<<?/?\w+>>?|\[/?[A-Z_]+\]")  # <|user|> <<SYS>> [/INST]
 
 
@@ -90,6 +93,11 @@ class Prompt:
         starts_with_bos = tokenizer("a").input_ids[0] == tokenizer.bos_token_id
         bos = [tokenizer.bos_token_id] if starts_with_bos and not apply_chat_template else []
         self.markers = _markers(tokenizer, rendered, suffix)
+        control = {n for n, token in tokenizer.added_tokens_decoder.items() if token.special}
+        ends = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+        # What a vocabulary has no id for is no control token, unless it shares one's id.
+        self.unknown_ids = {tokenizer.unk_token_id} - ends
+        self.control_ids = (control | {*tokenizer.all_special_ids}) - self.unknown_ids
 
         # A space belongs to the word that it opens, as in the text that the model has read:
         # SentencePiece puts one before every piece itself, byte-level tokenizers need it said.
@@ -141,6 +149,8 @@ class Prompt:
             new_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         line = " ".join(text.strip().split("\n", 1)[0].split())
+        # No title holds control characters; files of titles may not, and terminals obey them.
+        line = "".join(c for c in line if unicodedata.category(c) != "Cc").strip()
         return next((part.strip() for part in self.markers.split(line) if part.strip()), "")
 
     def settings(self) -> dict:
@@ -173,6 +183,20 @@ class Prompt:
         while True:
             line = self._one_line(text[:characters])
             ids = self._ids(before + line if line else "")
+            # A tokenizer may make a marker of what is none, such as ［ＩＮＳＴ］ under NFKC: what
+            # counts is the text that the model then sees.
+            for attempt in range(ATTEMPTS):
+                known = [token for token in ids if token not in self.unknown_ids]
+                shown = self.tokenizer.decode(known, clean_up_tokenization_spaces=False)
+                harmless = "\n" not in shown and not self.markers.search(shown)
+                if harmless and self.control_ids.isdisjoint(known):
+                    break
+                line = self._one_line(shown)
+                if attempt >= ATTEMPTS // 2:  # broken ones have grown together: letters are left
+                    line = " ".join(re.findall(r"\w+", line))
+                ids = self._ids(before + line if line else "")
+            else:
+                ids = [token for token in ids if token not in self.control_ids]
             if characters >= len(text) or len(ids) > wanted + self.margin:
                 return ids
             characters *= 4
@@ -219,12 +243,15 @@ def load_tokenizer(folder: str):
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **OWN_FILES_ONLY)
     except Exception as error:  # a class that does not fit its files may fail in any way
         raise UserError(
-            folder, f"no usable tokenizer ({str(error).splitlines()[0]})", "add its files"
+            folder, f"no usable tokenizer ({first_line(error)})", "add its files"
         ) from None
     check_tokenizer(tokenizer, folder)
+    # The chat format in use is all that a run needs, and the names of others are those of files.
+    if isinstance(tokenizer.chat_template, dict):
+        tokenizer.chat_template = tokenizer.chat_template.get("default")
     return tokenizer
 
 
@@ -292,12 +319,19 @@ def _render_chat(tokenizer, template: str) -> str:
         raise UserError(
             "--apply_chat_template", "this model has no chat template", "leave the option out"
         )
-    rendered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": template}],
-        chat_template=SAME_DATE + tokenizer.get_chat_template(),
-        tokenize=False,
-        add_generation_prompt=True,
-    )
+    try:
+        rendered = tokenizer.apply_chat_template(
+            [{"role": "user", "content": template}],
+            chat_template=SAME_DATE + tokenizer.get_chat_template(),
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+    except Exception as error:  # it is a program, run in a sandbox: it may fail in any way
+        raise UserError(
+            "--apply_chat_template",
+            f"this model's chat template fails ({error})",
+            "leave the option out",
+        ) from None
     if rendered.count(ARTICLE) != 1:
         raise UserError(
             "--apply_chat_template",

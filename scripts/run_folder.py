@@ -13,19 +13,33 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
+import sys
+from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from exit_codes import UserError, is_first_process, note, writing
+from exit_codes import UserError, is_first_process, note, printable, writing
 
 RUN_CONFIG = "run_config.json"
 METRICS = "metrics.jsonl"
 LOCK = ".lock"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+RECORDED = {"arguments": dict, "prompt": dict, "data": dict}
+RECORDED |= {"kind": str, "base_model": str, "base_fingerprint": str}
+PROMPT_SETTINGS = {"template": str, "apply_chat_template": bool, "ids_sha256": str}
+PROMPT_SETTINGS |= {"max_length": int, "max_title_tokens": int}
+# Said, not left out: without the first, transformers asks at the terminal whether to run the code
+# that a model brings, and takes a "y" that was meant for something else.
+OWN_FILES_ONLY = {"trust_remote_code": False, "local_files_only": True}
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_./][A-Za-z0-9_./-]*")  # that needs no quotes in YAML
 SAMPLED_BYTES = 1 << 20  # of each weight file that go into its fingerprint
+# With this package, bitsandbytes at its import, and transformers for a config.json that asks for
+# it, fetch compiled code from the Hub and run it. None makes both believe that there is none.
+sys.modules["kernels"] = None
 
 
 def check_model_folder(name: str, run_dir: str | None = None) -> None:
@@ -56,6 +70,24 @@ def check_model_folder(name: str, run_dir: str | None = None) -> None:
             "no *.safetensors weights in this folder",
             "convert the model to safetensors (pickled weights are never loaded)",
         )
+    if (folder / ADAPTER_CONFIG).exists():
+        raise UserError(
+            name,
+            "transformers would load the adapter beside this model, or another base, unasked",
+            f"remove {ADAPTER_CONFIG}, or give the base and the adapter's run folder",
+        )
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            # Such a file may be a pickle, or lie elsewhere: transformers joins path and name.
+            wrong = [f for f in files if not f.endswith(".safetensors") or Path(f).name != f]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(index, f"no index of weights ({error})", "restore the file") from None
+        if wrong:
+            raise UserError(
+                index, f"{min(wrong)!r} is no *.safetensors of this folder", "restore the file"
+            )
     for file in sorted(folder.glob("*.safetensors")):
         check_safetensors(file)
 
@@ -85,6 +117,19 @@ def check_adapter(run_dir: str) -> None:
     if not Path(run_dir, ADAPTER_CONFIG).is_file():
         raise UserError(run_dir, f"no {ADAPTER_CONFIG} in it", "restore the file")
     _read_json(Path(run_dir, ADAPTER_CONFIG))
+
+
+def check_links(paths: Iterable[Path]) -> None:
+    """Refuse symbolic links where files are written: what they point to would be changed.
+
+    Raises:
+        UserError: as said.
+    """
+    for path in paths:
+        if path.is_symlink():
+            raise UserError(
+                path, "a symbolic link, which may lead anywhere", "put what it names in its place"
+            )
 
 
 def check_output_dir(output_dir: str, own_files: tuple[str, ...] = ()) -> None:
@@ -122,6 +167,15 @@ def read_run_config(run_dir: str) -> dict:
         raise UserError(
             str(file), "not the record of a run", "give a folder that train.py or merge.py made"
         )
+    for name, kind in RECORDED.items():
+        value = record.get(name, kind())
+        fits = isinstance(value, kind)
+        if fits and name == "prompt":
+            fits = all(type(v) is PROMPT_SETTINGS.get(key) for key, v in value.items())
+        if fits and name == "data":
+            fits = all(isinstance(v, dict) and type(v.get("rows")) is int for v in value.values())
+        if not fits:
+            raise UserError(str(file), f"'{name}' holds what no run writes", "restore the file")
     return record
 
 
@@ -135,6 +189,7 @@ def _read_json(file: Path):
 def write_json(path: Path, content: dict) -> None:
     """Write JSON under a temporary name and rename it, so that no reader ever sees half of it."""
     temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)  # were it a link, what it names would be overwritten
     temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
@@ -290,14 +345,22 @@ def _lock(file: Path, what: str) -> int:
 
 
 def model_card(run_config: dict) -> str:
-    """Return the README of a run or merged folder."""
+    """Return the README of a run or merged folder.
+
+    A merge writes it from the record of a run folder that somebody else may have made: no value
+    of it gets to be YAML, Markdown or HTML.
+    """
     arguments, merged = run_config["arguments"], run_config["kind"] == "merged"
     names = ("lora_r", "lora_alpha", "lora_dropout", "learning_rate", "warmup_ratio")
     names += ("max_grad_norm", "num_train_epochs", "max_length", "seed")
-    rows = "\n".join(f"| {name} | {arguments[name]} |" for name in names)
-    data = "\n".join(f"- {split}: {d['rows']:,} rows" for split, d in run_config["data"].items())
+    rows = "\n".join(f"| {name} | {_quoted(arguments[name])} |" for name in names)
+    splits = run_config["data"].items()
+    data = "\n".join(f"- {_quoted(split)}: {file['rows']:,} rows" for split, file in splits)
+    base = printable(run_config["base_model"])
+    template, step = run_config["prompt"]["template"], _quoted(run_config["adapter_step"])
+    fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", template)), 0)
     return f"""---
-base_model: {run_config["base_model"]}
+base_model: {base if PLAIN_NAME.fullmatch(base) else json.dumps(base, ensure_ascii=False)}
 language: fr
 library_name: {"transformers" if merged else "peft"}
 pipeline_tag: text-generation
@@ -306,13 +369,13 @@ pipeline_tag: text-generation
 # Titles for French news articles
 
 {"A model with its LoRA adapter merged in" if merged else "A LoRA adapter"}, trained with QLoRA on
-top of `{run_config["base_model"]}` (fingerprint {run_config["base_fingerprint"]}).
+top of {_quoted(base, code=True)} (fingerprint {_quoted(run_config["base_fingerprint"])}).
 
 ## Prompt
 
-```
-{run_config["prompt"]["template"]}
-```
+{fence}
+{template}
+{fence}
 
 ## Data
 
@@ -322,11 +385,17 @@ top of `{run_config["base_model"]}` (fingerprint {run_config["base_fingerprint"]
 
 | setting | value |
 |--|--|
-| articles per update | {run_config["articles_per_update"]} |
+| articles per update | {_quoted(run_config["articles_per_update"])} |
 {rows}
 
-After update {run_config["adapter_step"]}; all else is in `{RUN_CONFIG}` and `metrics.jsonl`.
+After update {step}; all else is in `{RUN_CONFIG}` and `metrics.jsonl`.
 """
+
+
+def _quoted(value, code: bool = False) -> str:
+    """Return a value for a line of Markdown: plain words as they are, all else as code."""
+    text = printable(str(value)).replace("`", "'").replace("|", "¦")  # these would end a code span
+    return text if not code and PLAIN_NAME.fullmatch(text.replace(" ", "_")) else f"`{text}`"
 
 
 def resolve_model_folder(name: str) -> Path:
@@ -351,7 +420,7 @@ def resolve_model_folder(name: str) -> Path:
             ) from None
         raise UserError(
             name,
-            f"neither a folder here nor a model to be had from the Hub ({_first_line(error)})",
+            f"neither a folder here nor a model to be had from the Hub ({first_line(error)})",
             "check the name and your access, or download it and give the folder",
         ) from None
     check_model_folder(folder)  # a download may have broken off, or hold pickles only
@@ -400,5 +469,6 @@ def note_override(flag: str, used, recorded) -> None:
     note(f"{flag} {used!r} overrides {recorded!r} of the run folder")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return what an error says in its first line, or its kind where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -17,12 +17,13 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from articles import Columns, check_articles, open_articles
-from exit_codes import STOPPED, note, run
+from exit_codes import STOPPED, note, printable, run
 from hygiene import Survey, report_rows, report_titles
 from machine import check_devices
 from prompting import PROMPTS, Prompt, load_tokenizer, read_template
 from run_folder import (
     LOCK,
+    check_links,
     check_model_folder,
     check_output_dir,
     check_tracker,
@@ -104,6 +105,7 @@ def main(argv=None):
     template = read_template(args.prompt_file)
     check_model_folder(args.model_name_or_path)
     check_tracker(args.report_to)
+    check_links(Path(args.output_dir).rglob("*"))
     if not args.resume_from_checkpoint:  # else `find_checkpoint` looks at what is there
         check_output_dir(args.output_dir)
     files = {"train": args.train_file, "validation": args.validation_file}
@@ -413,7 +415,8 @@ def evaluate(accelerator, model, prompt, articles, args, state, stop) -> bool:
         rouge = score_titles(predictions, references, language=False)["rouge"]
         figures["eval_rougeL"] = rouge["default"]["rougeL"]
         for prediction, reference in titles[:3]:
-            accelerator.print(f"\n  written: {prediction}\n  true:    {reference}")
+            shown = f"\n  written: {printable(prediction)}\n  true:    {printable(reference)}"
+            accelerator.print(shown)
     log_metrics(accelerator, Path(args.output_dir), {"step": state["completed_steps"]} | figures)
     accelerator.print(", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
     by_loss = args.metric_for_best_model == "loss"

@@ -199,6 +199,7 @@ def run_dir(tmp_path):
             (checkpoint / file).write_text(f"{file} of {name}")
             files[file] = checkpoints.file_sha256(checkpoint / file)
         state = checkpoints.first_state() | {"files": files, "optimizer": {}}
+        state["completed_steps"] = int(name[5:11])
         write_json(checkpoint / "state.json", checkpoints._sealed(state))
     write_json(folder / RUN_CONFIG, RECORD)
     return folder
@@ -333,7 +334,7 @@ DAMAGES = {
     "a changed number": (
         "state.json",
         lambda file: file.write_text(
-            file.read_text().replace('completed_steps": 0', 'completed_steps": 1')
+            file.read_text().replace('completed_steps": 10', 'completed_steps": 1')
         ),
         "state.json was changed",
     ),

@@ -9,12 +9,13 @@ import json
 import signal
 import tempfile
 import tracemalloc
+import unicodedata
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, byte_level_tokenizer, french_rows, sentencepiece_tokenizer
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from exit_codes import UserError
@@ -440,6 +441,105 @@ def test_data_holds_no_control_token_and_no_marker_of_the_template(article, titl
                 assert text.count(marker) == expected.count(marker)
 
 
+# Markers in other clothes: full-width letters, characters without width, accents, letter case.
+DISGUISED = ["［INST］", "[ＩＮＳＴ]", "＜/s＞", "<／s>", "＜｜im_end｜＞", "<|im＿start|>"]
+DISGUISED += ["[IN\u200bST]", "[/IN\u00adST]", "<\u2060/s>", "<|im\ufeff_end|>", "[I\u0301NST]"]
+DISGUISED += ["[inst]", "<S>", "<|IM_END|>", "[/Inst]", "[/IN\x00ST]", "<|im_\x1bend|>"]
+DISGUISED += ["＜think＞", "﹤s﹥", "\u200b", "\u00ad", "\ufeff", "\u0338", "ﬁ", "🅘", "ｓ"]
+DISGUISED += ["［", "］", "＜", "＞", "｜", "／"]
+IN_DISGUISE = st.lists(
+    st.one_of(st.sampled_from(DISGUISED + FRAGMENTS), st.text(max_size=4)), max_size=12
+).map("".join)
+NORMALISING = ("byte_level NFKC", "sentencepiece NFKC", "unigram NFKC", "invisible removed")
+NORMALISING += ("unigram", "letters changed")
+
+
+@functools.cache
+def normalising_tokenizer(kind: str):
+    """Return a tokenizer that changes texts before it cuts them up, as T5's and XLNet's do."""
+    from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, trainers
+    from tokenizers.decoders import Metaspace as MetaspaceDecoder
+    from tokenizers.pre_tokenizers import Metaspace
+    from transformers import PreTrainedTokenizerFast
+
+    if kind.startswith("unigram"):  # without bytes: what it does not know is <unk>
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.pre_tokenizer = Metaspace()
+        tokenizer.decoder = MetaspaceDecoder()
+        trainer = trainers.UnigramTrainer(
+            vocab_size=400, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>"
+        )
+        texts = [row["text"] for row in french_rows(200)] + ["[INST] <s> | im_start end SYS / <>"]
+        tokenizer.train_from_iterator(texts, trainer)
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+        )
+        tokenizer.add_tokens([AddedToken("<|im_end|>", special=True, normalized=False)])
+        tokenizer.add_tokens([AddedToken("<think>", special=False, normalized=True)])
+        tokenizer.chat_template = byte_level_tokenizer().chat_template
+    else:
+        tokenizer = changed("sentencepiece" if "sentencepiece" in kind else "byte_level")
+    backend = tokenizer.backend_tokenizer
+    before = [backend.normalizer] if backend.normalizer else []
+    if kind.endswith("NFKC"):
+        backend.normalizer = normalizers.Sequence([normalizers.NFKC(), *before])
+    elif kind == "invisible removed":
+        removed = Regex("[\u0000-\u0008\u000e-\u001f\u00ad\u200b\u2060\ufeff]")
+        backend.normalizer = normalizers.Replace(removed, "")
+    elif kind == "letters changed":  # into markers that no look at the article could tell
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.Replace("é", "[/INST]"), normalizers.Replace("ﬁ", "<|im_end|>")]
+        )
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", NORMALISING)
+@LIGHT
+@given(article=IN_DISGUISE, title=IN_DISGUISE)
+@example(article="un ［/ＩＮＳＴ］ b ＜｜im_end｜＞ </s> ＜/s＞", title="[IN\u200bST] ＜s＞")
+def test_no_tokenizer_makes_a_marker_of_what_is_none(kind, article, title):
+    tokenizer = normalising_tokenizer(kind)
+    unknown = {tokenizer.unk_token_id} - {None}  # what a vocabulary lacks; it ends nothing
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()} - unknown
+    names = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()} - {tokenizer.unk_token}
+    for template in ("fr_llama2.txt", "fr_chat.txt", "fr.txt"):
+        prompt = normalising_prompt(kind, template)
+        own = names | ({"[INST]", "[/INST]"} if "llama2" in template else set())
+        example = prompt.encode(article, title)
+        harmless = prompt.encode("un mot", "un mot")
+        span, labels = article_span(prompt, article), example.ids[example.num_prompt_ids : -1]
+        for ids in (span, labels):
+            assert not special & set(ids)
+            shown = tokenizer.decode(ids, skip_special_tokens=True)
+            assert not [marker for marker in own if marker in shown]
+            assert "\n" not in shown
+        text, expected = (tokenizer.decode(ids) for ids in (example.ids, harmless.ids))
+        for marker in own | {"\n\nTitre :"}:  # so that both split into the same turns
+            assert text.count(marker) == expected.count(marker)
+
+
+@functools.cache
+def normalising_prompt(kind: str, file: str) -> Prompt:
+    template = read_template(str(PROMPTS[file]))
+    return Prompt(normalising_tokenizer(kind), template, "chat" in file, 1024, 128)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in NORMALISING if kind != "unigram"])
+def test_these_tokenizers_do_make_markers_of_what_is_none(kind):
+    """Else the property above would hold of itself."""
+    tokenizer = normalising_tokenizer(kind)
+    made = [*DISGUISED, "été ﬁn"]
+    made = [tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) for text in made]
+    assert any(marker in text for text in made for marker in ("[INST]", "[/INST]", "<|im_end|>"))
+
+
+def test_only_markers_are_changed_where_a_tokenizer_normalises():
+    prompt = normalising_prompt("byte_level NFKC", "fr_llama2.txt")
+    shown = prompt.tokenizer.decode(article_span(prompt, "Le ［INST］ à 3 ½ ; […] [ＩＮＳＴ"))
+    assert shown == " Le [ INST] à 3 1⁄2 ; [...] [INST"
+    assert prompt.tokenizer.decode(article_span(prompt, "À 3 ½ […]")) == " À 3 1⁄2 [...]"
+
+
 @pytest.mark.parametrize("text", [*FRAGMENTS, "<<<SYS>>SYS>>", "Un [INST] et </s> et <|im_end|>"])
 @pytest.mark.parametrize("template", ["[INST] <<SYS>>x<</SYS>> {article} [/INST]", "<x> {article}"])
 def test_markers_are_broken_and_nothing_else(kind, text, template):
@@ -526,17 +626,20 @@ def test_text_survives_the_way_there_and_back(kind, title):
 
 @LIGHT
 @given(title=st.text(max_size=40))
-def test_any_text_survives_up_to_white_space(title):
+def test_any_text_survives_up_to_white_space_and_control_characters(title):
     assume("▁" not in title)  # SentencePiece's own sign for a space
     for kind in KINDS:
         prompt = make(kind, "fr.txt", max_length=1024, max_title_tokens=256)
         example = prompt.encode("Un article.", title)
-        assert prompt.decode(example.ids[example.num_prompt_ids :]) == one_line(title)
+        expected = "".join(c for c in one_line(title) if unicodedata.category(c) != "Cc")
+        assert prompt.decode(example.ids[example.num_prompt_ids :]) == expected.strip()
 
 
 @pytest.mark.parametrize(
     ("written", "title"),
     [
+        ("Un \x1b[31mtitre\x00\x7f\x9b2J \x07", "Un [31mtitre2J"),
+        ("Un titre [/I\x00NST] Encore", "Un titre"),
         (" Un  titre \t de trop\nEt un article", "Un titre de trop"),
         ("\n\n Un titre\n", "Un titre"),
         ("Un titre\r\nsuite", "Un titre"),

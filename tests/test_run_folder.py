@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import SCRIPTS
 
-from exit_codes import UserError
+from exit_codes import UserError, printable
 from run_folder import (
     RUN_CONFIG,
     SAMPLED_BYTES,
@@ -245,6 +245,51 @@ def test_the_card_tells_the_run():
     for name in names:
         assert f"| {name} | value of {name} |" in card
     assert "library_name: transformers" in model_card(record | {"kind": "merged"})
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        "a\n---\n\n# Pwned\n",
+        "a\nlicense: other\ntags: [pwned]",
+        "a'\": {b: c} # d",
+        "` | <script>alert(1)</script> [pwned](javascript:alert(1)) |\n| a | b |",
+        "a\x1b[2J\u202e\x85b\u2028c",
+        "- !!python/object/apply:os.system ['true']",
+        "",
+    ],
+)
+def test_no_value_of_a_record_gets_to_be_yaml_markdown_or_html(hostile):
+    import yaml
+
+    names = ("lora_alpha", "lora_dropout", "warmup_ratio", "max_grad_norm")
+    names += ("num_train_epochs", "max_length", "seed")
+    harmless = copy.deepcopy(RECORD) | {"adapter_step": 17}
+    harmless["arguments"] |= dict.fromkeys(names, 1)
+    record = copy.deepcopy(harmless)
+    record["arguments"] |= dict.fromkeys(record["arguments"], hostile)
+    record |= {"base_model": hostile, "base_fingerprint": hostile, "adapter_step": hostile}
+    record |= {"articles_per_update": hostile, "data": {hostile: {"rows": 8}}}
+    record["prompt"] = {"template": f"{{article}}\n```\n# Pwned\n````\n{hostile}"}
+    card, expected = model_card(record), model_card(harmless)
+
+    _, front, body = card.split("---\n", 2)
+    assert yaml.safe_load(front).keys() == yaml.safe_load(expected.split("---\n", 2)[1]).keys()
+    assert yaml.safe_load(front)["base_model"] == printable(hostile)
+    before, prompt, after = body.split("`````\n")  # a longer fence than any in the template
+    assert prompt == record["prompt"]["template"] + "\n"
+    plain = expected.split("---\n", 2)[2].split("```\n")
+    for found, wanted in ((before, plain[0]), (after, plain[2])):
+        assert found.count("\n") == wanted.count("\n")
+        assert found.count("|") == wanted.count("|")
+        outside = "".join(found.split("`")[::2])  # of code spans, where nothing is Markdown
+        assert "<" not in outside
+        assert "](" not in outside
+        assert found.count("`") % 2 == 0
+    for line, wanted in zip(card.splitlines(), expected.splitlines(), strict=False):
+        if wanted.startswith("#"):
+            assert line == wanted
+            break
 
 
 # ---------------------------------------------------------------------- fingerprints
