@@ -9,11 +9,13 @@ first; train.py and infer.py ask `check_devices`, whoever started them.
 
 import argparse
 import os
+import shutil
 from pathlib import Path
 
 from exit_codes import UserError, run
 
 USE_OURS = "give one of accelerate_configs/"
+SHARED_MEMORY = Path("/dev/shm")
 
 
 def parse_args(argv=None):
@@ -51,7 +53,8 @@ def check_devices() -> None:
     Started by plain `python`, nobody has asked: Accelerate takes a GPU if there is one.
 
     Raises:
-        UserError: as said, or there are fewer GPUs than processes on this machine.
+        UserError: as said, or there are fewer GPUs than processes on this machine, or no room in
+            the shared memory through which NCCL lets them talk.
     """
     use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower()  # set by a launch of one process
     if use_cpu in ("1", "true", "yes", "y", "on", "t"):
@@ -61,6 +64,12 @@ def check_devices() -> None:
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 0))
     if wanted := processes or int(use_cpu != ""):
         check_gpus("accelerate launch", wanted)
+    if wanted > 1 and SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free < 1 << 20:
+        raise UserError(
+            SHARED_MEMORY,
+            "full, and the processes exchange gradients through it",
+            "make room there; a container gets more by --ipc=host or --shm-size=1g",
+        )
 
 
 def check_gpus(where: str, wanted: int) -> None:

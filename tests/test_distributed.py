@@ -230,3 +230,39 @@ def test_a_complaint_of_the_first_process_ends_all(tiny_model, rows_17, tmp_path
     )
     assert "error:" not in errors[1]
     assert not any("Traceback" in text for text in errors)
+
+
+SPOILED = """
+import os, sys
+sys.argv[0] = "train.py"
+import exit_codes, train
+original, calls = train.title_loss, []
+
+def title_loss(model, batch):
+    loss = original(model, batch)
+    if model.training and os.environ["RANK"] == "1":
+        calls.append(1)
+        if len(calls) in (1, 2):  # both micro-batches of the first update
+            loss = loss * float("inf")
+    return loss
+
+train.title_loss = title_loss
+exit_codes.run(train.main)
+"""
+
+
+def test_all_skip_an_update_that_is_not_finite_in_one(tiny_model, rows_17, tmp_path):
+    probe = tmp_path / "probe.py"
+    probe.write_text(SPOILED)
+    more = (*EXACT, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2)
+    run_dir, path = tmp_path / "run", f"{SCRIPTS}:{os.environ['PYTHONPATH']}"
+    args = train_args(tiny_model, rows_17, run_dir, *more)
+    processes = start_two(str(probe), *args, PYTHONPATH=path)
+    printed = [process.communicate(timeout=240) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], printed
+    assert [row["skipped"] for row in updates(run_dir)] == [True, False, False]
+    assert printed[0][0].count("NOTE: update 1 skipped, its loss or gradient is not finite") == 1
+    assert "NOTE" not in printed[1][0]
+    tensors = adapter(run_dir)
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    assert any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name)

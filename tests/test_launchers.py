@@ -1,5 +1,6 @@
 """The launchers, configs, prompts and README. Run: python -m pytest tests/test_launchers.py"""
 
+import argparse
 import contextlib
 import importlib
 import json
@@ -462,6 +463,24 @@ def test_processes_are_refused_where_their_gpus_are_missing(monkeypatch, variabl
     monkeypatch.setattr("torch.accelerator.device_count", lambda: gpus)
     with pytest.raises(UserError) if refused else contextlib.nullcontext():
         machine.check_devices()
+
+
+def test_full_shared_memory_is_refused_where_several_gpus_need_it(monkeypatch, tmp_path):
+    import machine
+
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 2)
+    monkeypatch.setattr(machine, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: argparse.Namespace(free=1000))
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    machine.check_devices()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError) as error:
+        machine.check_devices()
+    assert str(error.value) == (
+        f"{tmp_path}: full, and the processes exchange gradients through it; make room there; a "
+        "container gets more by --ipc=host or --shm-size=1g"
+    )
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
