@@ -80,7 +80,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     for name in ("max_length", "max_new_tokens", "max_batch_tokens", "max_time"):
         if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
-            parser.error(f"--{name} {value}: give a number above 0")
+            parser.error(f"--{name} {value}: give a {'finite ' * (value > 0)}number above 0")
     if not args.run_dir and not args.model_name_or_path:
         parser.error("give --run_dir, or --model_name_or_path for a model as it is")
     if not args.output_file.endswith(".csv"):
