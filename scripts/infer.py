@@ -164,6 +164,7 @@ def infer(args, columns, source, base_folder, prompt, record, stop):
     if parts.num_done:
         note(f"going on after {parts.num_done:,} titles of an earlier run")
     stop.listen()
+    stopped = False
     progress_bar = tqdm(total=len(articles), initial=parts.num_done, unit="article")
     with open(part_file(output_file, rank), "ab", buffering=0) as part:
         if part.tell() == 0:
@@ -191,12 +192,12 @@ def infer(args, columns, source, base_folder, prompt, record, stop):
                 if accelerator.is_main_process:
                     progress_bar.update(len(missing))  # the others are about as far
                 if missing and stop.asked():  # after a batch, so that every start gets on
+                    stopped = True
                     break
-            if stop.asked():
+            if stopped:
                 break
     progress_bar.close()
-    num_asked = accelerator.reduce(torch.tensor(float(stop.asked()), device=accelerator.device))
-    if num_asked:
+    if accelerator.reduce(torch.tensor(float(stopped), device=accelerator.device)).item():
         if accelerator.is_main_process:
             done = Parts(output_file, record, len(articles)).num_done
             print(f"stopped after {done:,} of {len(articles):,} titles; the same command goes on")
