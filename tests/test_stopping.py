@@ -263,14 +263,40 @@ def test_a_second_signal_ends_the_process_at_once(number):
     assert process.returncode == -signal.SIGTERM
 
 
-def test_a_signal_after_the_launchers_file_is_the_second(tmp_path):
+def test_the_launchers_file_is_no_first_signal(tmp_path):
+    """A scheduler signals the launcher and the script at once: that is one request, not two."""
     file = tmp_path / "stop"
     process = start_loop(STOP_FILE=str(file))
     file.touch()
     assert process.stdout.readline() == "the launcher\n"
     process.send_signal(signal.SIGTERM)
+    assert process.stderr.readline() == "\n"
+    assert process.stderr.readline().startswith("stopping as soon as")
+    process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
     assert process.returncode == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_ignoring_signals_is_not_inherited_from_the_launcher(number):
+    code = "import time; from stopping import StopRequest\n"
+    code += "with StopRequest(None):\n    print('ready', flush=True); time.sleep(60)"
+    ignore = f"trap '' {signal.Signals(number).name[3:]}; exec \"$@\""
+    command = ["sh", "-c", ignore, "-", sys.executable, "-c", code]
+    process = subprocess.Popen(command, cwd=SCRIPTS, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    assert process.returncode == -number
+
+
+def test_a_signal_is_taken_where_nobody_reads_what_is_said_of_it():
+    """Ctrl-C in a terminal ends a `tee` too."""
+    process = start_loop("leave")
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "SIGINT\n"
+    assert process.wait(timeout=30) == 0
 
 
 @pytest.mark.parametrize(("rank", "said"), [("0", True), ("1", False)])
