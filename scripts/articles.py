@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from exit_codes import UserError, note
+from exit_codes import UserError, WriteError, note
 
 SUFFIXES = (".csv", ".csv.gz", ".json", ".jsonl", ".parquet")
 HUB_DATASET = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")  # owner/name or owner/name:split
@@ -115,7 +115,7 @@ def open_articles(path: str, columns: Columns, split: str = "train"):
     pages count as resident once read, but the kernel takes them back when memory is short.
 
     Raises:
-        UserError: there is no room for it.
+        WriteError: there is no room for it.
     """
     import pyarrow
     from datasets import Dataset
@@ -130,7 +130,7 @@ def open_articles(path: str, columns: Columns, split: str = "train"):
             for rows in _batches(iterate_articles(path, columns, split)):
                 stream.write_batch(pyarrow.RecordBatch.from_pylist(rows, schema))
     except OSError as error:
-        raise UserError(
+        raise WriteError(  # each process has a copy of its own, and one may be too much
             Path(folder.name).parent,
             f"no room for a copy of {path} ({error})",
             "free some, or set TMPDIR to another disk",

@@ -121,6 +121,9 @@ def main(argv=None):
         "commit": commit(),
     }
     if is_complete(output_file, record):
+        for part in part_files(output_file):  # killed when all but removing them was done
+            with writing(part):
+                part.unlink(missing_ok=True)
         print(f"{args.output_file} is there already, made with the same settings: nothing to do")
         return None
     check_devices()
@@ -132,6 +135,8 @@ def main(argv=None):
 
     lock = output_file.with_suffix(".lock")
     with locked(lock, args.output_file), StopRequest(args.max_time) as stop:
+        if is_complete(output_file, record):  # by a run that ended since the first look
+            return None
         return infer(args, columns, source, base_folder, prompt, record, stop)
 
 
@@ -164,8 +169,8 @@ def infer(args, columns, source, base_folder, prompt, record, stop):
     if parts.num_done:
         note(f"going on after {parts.num_done:,} titles of an earlier run")
     stop.listen()
-    stopped = False
     progress_bar = tqdm(total=len(articles), initial=parts.num_done, unit="article")
+    stopping = False  # which it is not where all titles are there: then little is left to do
     with open(part_file(output_file, rank), "ab", buffering=0) as part:
         if part.tell() == 0:
             write_line(part, record)
@@ -192,15 +197,16 @@ def infer(args, columns, source, base_folder, prompt, record, stop):
                 if accelerator.is_main_process:
                     progress_bar.update(len(missing))  # the others are about as far
                 if missing and stop.asked():  # after a batch, so that every start gets on
-                    stopped = True
                     break
-            if stopped:
+            stopping = stop.asked()
+            if stopping:
                 break
     progress_bar.close()
-    if accelerator.reduce(torch.tensor(float(stopped), device=accelerator.device)).item():
+    if accelerator.reduce(torch.tensor(float(stopping), device=accelerator.device)).item():
         if accelerator.is_main_process:
             done = Parts(output_file, record, len(articles)).num_done
             print(f"stopped after {done:,} of {len(articles):,} titles; the same command goes on")
+        accelerator.wait_for_everyone()  # torchrun ends the others once one has ended with 75
         accelerator.end_training()
         return STOPPED
     if accelerator.is_main_process:
@@ -513,7 +519,7 @@ class Parts:
             os.replace(jsonl_temporary, details)
             os.replace(csv_temporary, self.output_file)
         for file in self.files:
-            file.unlink()
+            file.unlink(missing_ok=True)
         return cut
 
 

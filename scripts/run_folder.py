@@ -187,10 +187,12 @@ def _read_json(file: Path):
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write JSON under a temporary name and rename it, so that no reader ever sees half of it."""
+    """Write JSON under a temporary name, flush and rename it: no reader ever sees half of it, not
+    even after a crash of the machine."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)  # were it a link, what it names would be overwritten
     temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    flush(temporary)
     os.replace(temporary, path)
 
 
@@ -251,12 +253,16 @@ def write_run(output_dir: Path, run_config: dict, tokenizer, state: dict) -> Non
     """
     with writing(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
+        if (output_dir / ADAPTER_WEIGHTS).exists():  # of a run that ended; it stays until the next
+            before = read_run_config(str(output_dir))
+            run_config["adapter_step"] = before.get("adapter_step")
         write_json(output_dir / RUN_CONFIG, run_config)
         tokenizer.save_pretrained(output_dir)
         metrics = output_dir / METRICS
         lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
         temporary = metrics.with_suffix(".tmp")
         temporary.write_text("".join(line for line in lines if _still_true(line, state)))
+        flush(temporary)
         os.replace(temporary, metrics)
 
 

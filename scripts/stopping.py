@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from exit_codes import is_first_process
@@ -15,7 +16,8 @@ class StopRequest:
 
     From `listen()` on, a first SIGTERM, SIGINT or SIGUSR1 only asks: the script looks at `asked()`
     where nothing is half done. A second one ends the process at once. The file that STOP_FILE names
-    asks as well: the launchers make it, for `accelerate launch` passes SIGUSR1 on to nobody.
+    asks as well: the launchers make it, for `accelerate launch` passes SIGUSR1 on to nobody. It is
+    no first signal: where a scheduler signals all processes, it comes about with the only one.
 
     Args:
         max_time: minutes from now on after which it counts as asked; None for no limit.
@@ -29,6 +31,11 @@ class StopRequest:
         self.handlers = {}  # of before
 
     def __enter__(self):
+        # The launchers' `accelerate` ignores signals, which is inherited. Until `listen()`, they
+        # should do here what they do elsewhere: end a process that has nothing to save.
+        for number in SIGNALS:
+            if signal.getsignal(number) == signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
         return self
 
     def __exit__(self, *_):
@@ -56,9 +63,11 @@ class StopRequest:
         return None
 
     def _handle(self, number, _) -> None:
-        if self.signal is not None or (self.file and Path(self.file).exists()):
+        if self.signal is not None:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.signal = number
         if is_first_process():  # print() may have been what the signal interrupted
-            os.write(2, b"\nstopping as soon as nothing is half done; once more to stop at once\n")
+            message = b"\nstopping as soon as nothing is half done; once more to stop at once\n"
+            with suppress(OSError):  # nobody reads it any more
+                os.write(2, message)

@@ -123,6 +123,8 @@ def main(argv=None):
     report_rows(surveys)  # nothing is dropped or repaired
 
     with locked(Path(args.output_dir, LOCK), args.output_dir), StopRequest(args.max_time) as stop:
+        if not args.resume_from_checkpoint:  # again: another run may have come and gone since
+            check_output_dir(args.output_dir)
         return train(args, columns, base_folder, prompt, checked, surveys, stop)
 
 
@@ -385,6 +387,8 @@ def evaluate(accelerator, model, prompt, articles, args, state, stop) -> bool:
     with torch.no_grad(), accelerator.autocast():
         mine = list(range(rank, len(articles), world_size))
         for start in range(0, len(mine), 64):
+            if stop.asked():  # before reading on: there may be a hundred thousand rows
+                break
             rows = articles[mine[start : start + 64]]
             examples = list(map(prompt.encode, rows["text"], rows["title"]))
             for micro_batch in deal(examples, args.per_device_train_batch_size):

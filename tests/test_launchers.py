@@ -34,10 +34,14 @@ if calls == int(os.environ.get("AT_CALL", 1)):
         sys.exit(1)
     if code := os.environ.get("DIE_WITH"):
         sys.exit(int(code))
+if os.path.exists(os.environ["STOP_FILE"]):
+    open(os.environ["EXIT_CODE_FILE"], "w").write("75\\n")
+    sys.exit(1)
 open(os.environ["EXIT_CODE_FILE"], "w").write("0\\n")
 """
 FAKE_PYTHON = """#!/bin/sh
 printf '%s\\n' "$*" >> "$PYTHON_CALLS"
+case "$*" in "${SIGNAL_IN:-none} "*) kill -USR1 $PPID ;; esac
 """
 
 
@@ -309,18 +313,58 @@ def test_outside_slurm_nothing_is_requeued(job, tmp_path):
     assert not (tmp_path / "scontrol").exists()
 
 
+def processes_of(pid):
+    """Return a process and all that it has started, and so on."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *(each for child in children for each in processes_of(int(child)))]
+
+
+@pytest.mark.parametrize("outermost_first", [True, False])
+def test_a_job_whose_processes_are_all_signalled_saves_before_its_launcher_ends(
+    job, tmp_path, outermost_first
+):
+    """As schedulers do for a job that is cancelled, preempted or out of time."""
+    process = job("--num_train_epochs", "50")
+    wait_until(lambda: updates_done(tmp_path / "run") > 0, process)
+    pids = processes_of(process.pid)
+    assert len(pids) == 3  # the launcher, accelerate, the script
+    for pid in pids if outermost_first else reversed(pids):
+        os.kill(pid, signal.SIGTERM)
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == STOPPED
+    assert "with a checkpoint" in printed
+    assert not (tmp_path / "scontrol").exists()
+
+
+def test_a_signal_between_two_scripts_is_not_lost(launch, tmp_path):
+    """It comes while the adapter is merged; the titles of the merged model are then for later."""
+    (tmp_path / "bin/scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/scontrol\n')
+    (tmp_path / "bin/scontrol").chmod(0o755)
+    settings = {"SIGNAL_IN": "scripts/merge.py", "SLURM_JOB_ID": "17"}
+    launched, python = launch("run_infer.sh", code=STOPPED, **settings)
+    assert len(launched) == 3
+    assert [call.split()[0] for call in python] == ["scripts/machine.py", "scripts/merge.py"]
+    assert (tmp_path / "scontrol").read_text() == "requeue 17\n"
+
+
 def test_a_second_signal_to_the_launcher_ends_its_processes(job, tmp_path):
     """At once: in the middle of an update, of which there is no trace then."""
     process = job("--num_train_epochs", "50", "--per_device_train_batch_size", "2000")
-    wait_until(lambda: (tmp_path / "run/.lock").exists(), process)
-    trainer = int(re.search(r"process (\d+) on", (tmp_path / "run/.lock").read_text())[1])
+    lock = tmp_path / "run/.lock"
+    wait_until(lambda: lock.exists() and lock.read_text().endswith("\n"), process)
+    trainer = int(re.search(r"process (\d+) on", lock.read_text())[1])
     process.send_signal(signal.SIGINT)
     wait_until(lambda: list((tmp_path / "tmp").glob("*.stop")), process)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=300)
     assert process.returncode == 130
     stat = Path(f"/proc/{trainer}/stat")  # may be there still, as a zombie that nobody reaps
-    assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+    for _ in range(500):  # it dies a moment after what it holds is closed
+        if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":
+            break
+        time.sleep(0.01)
+    else:
+        raise AssertionError(trainer)
     assert not (tmp_path / "run/checkpoints").exists()
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import SCRIPTS
 
+import run_folder
 from exit_codes import UserError, printable
 from run_folder import (
     RUN_CONFIG,
@@ -199,7 +200,11 @@ def test_json_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     seen = []
     replace = os.replace
 
+    flushed = []
+    monkeypatch.setattr(run_folder, "flush", flushed.append)
+
     def watched(source, target):
+        assert flushed == [source]  # else a crash of the machine can leave neither
         seen.append((json.loads(Path(source).read_text()), json.loads(Path(target).read_text())))
         raise OSError("the machine stops here")
 

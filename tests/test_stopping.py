@@ -3,20 +3,24 @@
 python -m pytest tests/test_stopping.py
 """
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
-from conftest import SCRIPTS, call, train_args
+from conftest import SCRIPTS, call, french_rows, train_args, write_csv
 from test_infer import args_for
 from test_train import metrics, updates
 
+import checkpoints
 import infer
 import train
-from exit_codes import STOPPED
+from exit_codes import STOPPED, UserError
+from prompting import Prompt
 from stopping import SIGNALS, StopRequest
 
 
@@ -132,6 +136,51 @@ def test_a_second_run_on_the_folder_is_refused_while_the_first_goes_on(
     assert len(updates(run_dir)) == 2
 
 
+def test_a_run_that_came_and_went_while_this_one_checked_its_input_is_seen(
+    tiny_model, news, tmp_path, monkeypatch
+):
+    run_dir = tmp_path / "run"
+    checkpoint = run_dir / "checkpoints/step-000001"
+    ask_at(monkeypatch, train, "report_rows", 1, lambda: checkpoint.mkdir(parents=True))
+    with pytest.raises(UserError, match="the folder is not empty"):
+        call(train.main, *train_args(tiny_model, news, run_dir))
+    assert checkpoint.exists()
+    assert not (run_dir / ".lock").exists()
+
+
+def test_a_long_evaluation_is_not_read_through_when_it_is_to_stop(
+    trained, tiny_model, news, tmp_path, monkeypatch
+):
+    """Its rows are tokenised 64 at a time."""
+    write_csv(tmp_path / "long.csv", french_rows(500))
+    args = train_args(tiny_model, news, tmp_path / "run", "--num_train_epochs", "1")
+    args[args.index("--validation_file") + 1] = str(tmp_path / "long.csv")
+    read = []
+
+    def ask():
+        os.kill(os.getpid(), signal.SIGTERM)
+        original = Prompt.encode
+        monkeypatch.setattr(Prompt, "encode", lambda *a: read.append(a) or original(*a))
+
+    ask_at(monkeypatch, train, "title_loss", 7, ask)  # 6 in 3 updates, and then the evaluation
+    assert call(train.main, *args) == STOPPED
+    assert len(read) <= 3  # those whose titles are compared
+
+
+def test_the_step_of_a_finished_adapter_is_known_while_its_run_goes_on(
+    trained, tiny_model, news, tmp_path, monkeypatch
+):
+    """run_train.sh again on a finished run, killed before its end: merge.py needs the number."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(trained, run_dir)
+    args = train_args(tiny_model, news, run_dir, "--resume_from_checkpoint", "latest")
+    monkeypatch.setattr(checkpoints, "save_adapter", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        call(train.main, *args)
+    step = json.loads((trained / "run_config.json").read_text())["adapter_step"]
+    assert json.loads((run_dir / "run_config.json").read_text())["adapter_step"] == step
+
+
 # ---------------------------------------------------------------------- infer
 
 
@@ -223,6 +272,35 @@ def test_a_second_infer_on_the_same_file_is_refused(
     )
 
 
+def test_an_infer_that_ended_while_this_one_checked_its_input_is_seen(
+    in_batches, trained, news, tmp_path, monkeypatch
+):
+    def finish(of):
+        for suffix in (".csv", ".jsonl"):
+            shutil.copy(of.with_suffix(suffix), tmp_path / f"out{suffix}")
+
+    args = ("--run_dir", trained, *args_for(news, tmp_path / "out.csv"))
+    ask_at(monkeypatch, infer, "check_devices", 1, lambda: finish(in_batches))
+    with pytest.raises(UserError, match="there are predictions of other settings already"):
+        call(infer.main, *args)
+    assert (tmp_path / "out.csv").read_bytes() == in_batches.read_bytes()
+    monkeypatch.setattr(infer, "is_complete", lambda *_: len(looks) > 0 or looks.append(1))
+    looks = []
+    monkeypatch.setattr(infer, "infer", lambda *_: 1 / 0)
+    assert call(infer.main, *args) is None
+
+
+def test_an_infer_that_was_killed_before_it_removed_its_parts_does_so_later(
+    in_batches, trained, news, tmp_path
+):
+    for suffix in (".csv", ".jsonl"):
+        shutil.copy(in_batches.with_suffix(suffix), tmp_path / f"out{suffix}")
+    (tmp_path / "out.part-0.jsonl").touch()
+    args = ("--run_dir", trained, *args_for(news, tmp_path / "out.csv", *SMALL))
+    assert call(infer.main, *args) is None
+    assert {path.name for path in tmp_path.iterdir()} == {"out.csv", "out.jsonl"}
+
+
 # ---------------------------------------------------------------------- the request itself
 
 LOOP = """
@@ -263,14 +341,40 @@ def test_a_second_signal_ends_the_process_at_once(number):
     assert process.returncode == -signal.SIGTERM
 
 
-def test_a_signal_after_the_launchers_file_is_the_second(tmp_path):
+def test_the_launchers_file_is_no_first_signal(tmp_path):
+    """A scheduler signals the launcher and the script at once: that is one request, not two."""
     file = tmp_path / "stop"
     process = start_loop(STOP_FILE=str(file))
     file.touch()
     assert process.stdout.readline() == "the launcher\n"
     process.send_signal(signal.SIGTERM)
+    assert process.stderr.readline() == "\n"
+    assert process.stderr.readline().startswith("stopping as soon as")
+    process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
     assert process.returncode == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_ignoring_signals_is_not_inherited_from_the_launcher(number):
+    code = "import time; from stopping import StopRequest\n"
+    code += "with StopRequest(None):\n    print('ready', flush=True); time.sleep(60)"
+    ignore = f"trap '' {signal.Signals(number).name[3:]}; exec \"$@\""
+    command = ["sh", "-c", ignore, "-", sys.executable, "-c", code]
+    process = subprocess.Popen(command, cwd=SCRIPTS, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    assert process.returncode == -number
+
+
+def test_a_signal_is_taken_where_nobody_reads_what_is_said_of_it():
+    """Ctrl-C in a terminal ends a `tee` too."""
+    process = start_loop("leave")
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "SIGINT\n"
+    assert process.wait(timeout=30) == 0
 
 
 @pytest.mark.parametrize(("rank", "said"), [("0", True), ("1", False)])
