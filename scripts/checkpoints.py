@@ -118,7 +118,8 @@ def rotate_checkpoints(output_dir: Path, best_step: int | None, limit: int | Non
     """Remove all but the newest `limit` checkpoints and the best one."""
     for old in _checkpoints(output_dir)[: -limit if limit else 0]:
         if best_step is None or old != checkpoint_folder(output_dir, best_step):
-            shutil.rmtree(old)
+            with writing(old):
+                shutil.rmtree(old)
 
 
 def find_checkpoint(args, run_config: dict) -> Path | None:
@@ -232,19 +233,23 @@ def load_checkpoint(checkpoint: Path, model, optimizer) -> dict:
     return state
 
 
-def set_later_ones_aside(output_dir: Path, completed_steps: int) -> None:
+def set_later_ones_aside(output_dir: Path, completed_steps: int, unfinished: bool) -> None:
     """Rename checkpoints of after the state that a run goes on from: its own will come again.
+
+    So is the adapter of a run that is `unfinished` again.
 
     Raises:
         UserError: the folder cannot be written.
     """
-    for later in _checkpoints(output_dir):
-        if int(later.name[5:]) > completed_steps:
-            aside = later.with_name(later.name + ASIDE)
-            with writing(aside):
-                shutil.rmtree(aside, ignore_errors=True)
-                os.rename(later, aside)
-            note(f"{later} is of after that; kept as {aside.name}")
+    later_ones = [p for p in _checkpoints(output_dir) if int(p.name[5:]) > completed_steps]
+    if unfinished and (adapter := output_dir / ADAPTER_WEIGHTS).exists():
+        later_ones.append(adapter)
+    for later in later_ones:
+        aside = later.with_name(later.name + ASIDE)
+        with writing(aside):
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(later, aside)
+        note(f"{later} is of after that; kept as {aside.name}")
 
 
 def give_up(accelerator, output_dir: Path, model, optimizer, state: dict) -> None:
@@ -257,7 +262,7 @@ def give_up(accelerator, output_dir: Path, model, optimizer, state: dict) -> Non
     """
     completed = state["completed_steps"]
     good = completed - state["skipped_in_a_row"]
-    on_main_process(accelerator, set_later_ones_aside, output_dir, good)
+    on_main_process(accelerator, set_later_ones_aside, output_dir, good, True)
     advice = "lower --learning_rate, or look at these articles"
     if good:
         state = state | {

@@ -5,7 +5,7 @@ import shutil
 import sys
 import traceback
 import unicodedata
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 DONE = 0
@@ -93,5 +93,12 @@ def run(main) -> None:
             code = BUG
     finally:
         if tell and (file := os.environ.get("EXIT_CODE_FILE")):
-            Path(file).write_text(f"{code}\n")
+            _leave_code(Path(file), code)
     sys.exit(code)
+
+
+def _leave_code(file: Path, code: int) -> None:
+    """Write a code for the launchers, but not that of a bug over what another process has told."""
+    with suppress(OSError):  # a full disk is what may have to be told
+        if code != BUG or not file.exists() or not file.read_text():
+            file.write_text(f"{code}\n")

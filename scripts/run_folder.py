@@ -28,7 +28,7 @@ LOCK = ".lock"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 RECORDED = {"arguments": dict, "prompt": dict, "data": dict}
-RECORDED |= {"kind": str, "base_model": str, "base_fingerprint": str}
+RECORDED |= {"kind": str, "base_model": str, "base_fingerprint": str, "articles_per_update": int}
 PROMPT_SETTINGS = {"template": str, "apply_chat_template": bool, "ids_sha256": str}
 PROMPT_SETTINGS |= {"max_length": int, "max_title_tokens": int}
 # Said, not left out: without the first, transformers asks at the terminal whether to run the code
@@ -163,12 +163,12 @@ def read_run_config(run_dir: str) -> dict:
     if not file.is_file():
         raise UserError(run_dir, f"no {RUN_CONFIG} in it", "give the output folder of train.py")
     record = _read_json(file)
-    if not isinstance(record, dict) or not {"kind", "arguments", "prompt"} <= record.keys():
+    if not isinstance(record, dict) or not RECORDED.keys() <= record.keys():
         raise UserError(
             str(file), "not the record of a run", "give a folder that train.py or merge.py made"
         )
     for name, kind in RECORDED.items():
-        value = record.get(name, kind())
+        value = record[name]
         fits = isinstance(value, kind)
         if fits and name == "prompt":
             fits = all(type(v) is PROMPT_SETTINGS.get(key) for key, v in value.items())

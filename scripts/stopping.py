@@ -1,7 +1,9 @@
 """Stopping when asked to: by a signal, by a time limit, or by the file that the launchers make."""
 
+import errno
 import os
 import signal
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 from exit_codes import is_first_process
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+TOGETHER = 1.0  # seconds in which signals are one request: a terminal and torchrun both send Ctrl-C
 
 
 class StopRequest:
@@ -28,7 +31,9 @@ class StopRequest:
         self.start = time.monotonic()
         self.file = os.environ.get("STOP_FILE")
         self.signal = None  # that asked
+        self.when = None  # it did
         self.handlers = {}  # of before
+        self.streams = sys.stdout, sys.stderr
 
     def __enter__(self):
         # The launchers' `accelerate` ignores signals, which is inherited. Until `listen()`, they
@@ -42,32 +47,70 @@ class StopRequest:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.handlers = {}
+        sys.stdout, sys.stderr = self.streams
 
     def listen(self) -> None:
-        """Take signals as requests from now on."""
+        """Take signals as requests, and go on without a reader of what is printed, from now on."""
         for number in SIGNALS:
             self.handlers[number] = signal.signal(number, self._handle)
+        sys.stdout, sys.stderr = map(Unread, self.streams)
 
     def asked(self) -> bool:
         """Return whether to stop as soon as nothing is half done."""
         return self.reason() is not None
 
-    def reason(self) -> str | None:
+    def asked_by_others(self) -> bool:
+        """Return whether it was more than the time limit that asked."""
+        return self.reason(time_counts=False) is not None
+
+    def reason(self, time_counts: bool = True) -> str | None:
         """Return who asked, or None."""
         if self.signal is not None:
             return signal.Signals(self.signal).name
         if self.file and Path(self.file).exists():
             return "the launcher"
-        if self.max_time is not None and time.monotonic() - self.start >= 60 * self.max_time:
+        limited = time_counts and self.max_time is not None
+        if limited and time.monotonic() - self.start >= 60 * self.max_time:
             return f"--max_time {self.max_time:g}"
         return None
 
     def _handle(self, number, _) -> None:
         if self.signal is not None:
+            if time.monotonic() - self.when < TOGETHER:
+                return
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self.signal = number
+        self.signal, self.when = number, time.monotonic()
         if is_first_process():  # print() may have been what the signal interrupted
             message = b"\nstopping as soon as nothing is half done; once more to stop at once\n"
             with suppress(OSError):  # nobody reads it any more
                 os.write(2, message)
+
+
+class Unread:
+    """A stream that may lose its reader: `tee`, which Ctrl-C ends too, or a terminal that closes.
+
+    A training must not end for that, before it has saved. What is written then goes nowhere.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, action, *arguments) -> None:
+        try:
+            action(*arguments)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            with open(os.devnull, "w") as nowhere:  # for what is still buffered, and Python's end
+                os.dup2(nowhere.fileno(), self.stream.fileno())

@@ -220,7 +220,10 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop):
     if checkpoint is not None:
         # After prepare, which would copy paged states into ordinary GPU memory.
         state = load_checkpoint(checkpoint, unwrapped, paged_adamw)
-    on_main_process(accelerator, set_later_ones_aside, output_dir, state["completed_steps"])
+    unfinished = state["completed_steps"] < num_training_steps
+    on_main_process(
+        accelerator, set_later_ones_aside, output_dir, state["completed_steps"], unfinished
+    )
     on_main_process(accelerator, write_run, output_dir, run_config, prompt.tokenizer, state)
     accelerator.init_trackers("manchette", {k: str(v) for k, v in vars(args).items()})
     plan = describe_plan(
@@ -242,10 +245,10 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop):
         every = args.checkpointing_steps or updates_per_epoch
         return step == num_training_steps or 0 in (step % updates_per_epoch, step % every)
 
-    def evaluate_and_record() -> bool:
+    def evaluate_and_record(stop_asked=stop.asked) -> bool:
         """Return whether the evaluation of the newest checkpoint came to its end."""
         if validation_articles is not None and not evaluate(
-            accelerator, model, prompt, validation_articles, args, state, stop
+            accelerator, model, prompt, validation_articles, args, state, stop_asked
         ):
             return False
         state["evaluated_steps"] = state["completed_steps"]
@@ -258,7 +261,8 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop):
     progress_bar = tqdm(total=num_training_steps, initial=state["completed_steps"], unit="update")
     stopping = False
     if state["evaluated_steps"] < state["completed_steps"] and milestone(state["completed_steps"]):
-        stopping = not evaluate_and_record()  # for the run was stopped before or in it
+        # The run was stopped before or in it. Were it to stop for its time again, it never got on.
+        stopping = not evaluate_and_record(stop.asked_by_others)
     for step in range(state["completed_steps"], num_training_steps):
         if stopping:
             break
@@ -366,10 +370,10 @@ def title_loss(model, batch):
     )
 
 
-def evaluate(accelerator, model, prompt, articles, args, state, stop) -> bool:
+def evaluate(accelerator, model, prompt, articles, args, state, stop_asked) -> bool:
     """Log validation loss and ROUGE-L, show three titles, and note in `state` if this is the best.
 
-    Returns False, and leaves everything as it was, where `stop` was asked meanwhile.
+    Returns False, and leaves everything as it was, once `stop_asked()` is true.
 
     Each process takes its share of the rows; the unwrapped model runs, for the shares may differ
     by a batch and DDP would wait for it.
@@ -387,12 +391,12 @@ def evaluate(accelerator, model, prompt, articles, args, state, stop) -> bool:
     with torch.no_grad(), accelerator.autocast():
         mine = list(range(rank, len(articles), world_size))
         for start in range(0, len(mine), 64):
-            if stop.asked():  # before reading on: there may be a hundred thousand rows
+            if stop_asked():  # before reading on: there may be a hundred thousand rows
                 break
             rows = articles[mine[start : start + 64]]
             examples = list(map(prompt.encode, rows["text"], rows["title"]))
             for micro_batch in deal(examples, args.per_device_train_batch_size):
-                if stop.asked():
+                if stop_asked():
                     break
                 batch = pad_left(micro_batch, accelerator.device)
                 totals[0] += title_loss(unwrapped, batch)
@@ -404,10 +408,10 @@ def evaluate(accelerator, model, prompt, articles, args, state, stop) -> bool:
         budget = args.per_device_train_batch_size * args.max_length  # no more than in training
         generated = dict(
             generate_titles(
-                unwrapped, prompt, rows["text"], max_batch_tokens=budget, stop_asked=stop.asked
+                unwrapped, prompt, rows["text"], max_batch_tokens=budget, stop_asked=stop_asked
             )
         )
-        totals[2] = stop.asked()
+        totals[2] = stop_asked()
     model.train()
     loss_sum, num_tokens, num_asked = accelerator.reduce(totals).tolist()
     if num_asked:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from conftest import ROOT, SCRIPTS, byte_level_tokenizer, french_rows, save_tiny_model, write_csv
@@ -127,16 +128,17 @@ class Job:
 
     def kill_training(self, run_dir: Path, moment: str, rng: random.Random) -> dict:
         """Kill a run at a random one of such moments, if there are any left in it."""
+        torn, undone = half_saved(run_dir), not_evaluated(run_dir)
         process = self.start(self.train(run_dir))
         before, more = num_updates(run_dir), rng.randint(1, 5)
         delay = rng.uniform(0, 0.05)
         while process.poll() is None:
             if moment == "training" and num_updates(run_dir) >= before + more:
                 break
-            if moment == "save" and any(run_dir.glob("checkpoints/step-*.tmp")):
+            if moment == "save" and half_saved(run_dir) - torn:
                 delay /= 20  # it is a matter of milliseconds
                 break
-            if moment == "evaluation" and is_undone(run_dir):
+            if moment == "evaluation" and not_evaluated(run_dir) - undone:
                 break
             time.sleep(0.0005)
         time.sleep(delay)
@@ -147,8 +149,8 @@ class Job:
             "moment": moment,
             "after update": num_updates(run_dir),
             "killed": killed,
-            "half a checkpoint": any(run_dir.glob("checkpoints/step-*.tmp")),
-            "evaluation undone": is_undone(run_dir),
+            "half a checkpoint": bool(half_saved(run_dir) - torn),
+            "evaluation undone": bool(not_evaluated(run_dir) - undone),
         }
 
     def kill_inference(self, run_dir: Path, rng: random.Random) -> dict:
@@ -168,14 +170,23 @@ def num_updates(run_dir: Path) -> int:
     return file.read_bytes().count(b"grad_norm") if file.exists() else 0
 
 
-def is_undone(run_dir: Path) -> bool:
-    """Return whether the newest checkpoint waits for its evaluation."""
+def half_saved(run_dir: Path) -> set:
+    """Return the folders of checkpoints that are being written, or were when a run was killed."""
+    found = set()
+    for folder in run_dir.glob("checkpoints/step-*.tmp"):
+        with suppress(OSError):  # renamed meanwhile
+            found.add((folder.name, folder.stat().st_ino))
+    return found
+
+
+def not_evaluated(run_dir: Path) -> set:
+    """Return the newest checkpoint if it waits for its evaluation."""
     newest = max(run_dir.glob("checkpoints/step-??????"), default=None)
     try:
         state = json.loads((newest / "state.json").read_text())
     except (OSError, TypeError):  # none yet, or just being replaced
-        return False
-    return state["evaluated_steps"] < state["completed_steps"]
+        return set()
+    return {newest.name} if state["evaluated_steps"] < state["completed_steps"] else set()
 
 
 def ending(run_dir: Path) -> dict:

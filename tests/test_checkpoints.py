@@ -396,8 +396,24 @@ def test_after_a_damaged_checkpoint_the_run_ends_with_the_same_bytes(
     assert f"NOTE: resuming from {run_dir / 'checkpoints/step-000003'}" in printed
     assert f"{run_dir / 'checkpoints/step-000009'} is of after that; kept as" in printed
     assert names(run_dir) == ["step-000006", "step-000006.aside", "step-000009.aside"]
+    assert not (run_dir / "adapter_model.safetensors.aside").exists()  # there was none
     for file in ("adapter_model.safetensors", "checkpoints/step-000006/optimizer.safetensors"):
         assert (run_dir / file).read_bytes() == (trained / file).read_bytes()
+
+
+def test_a_run_that_goes_back_has_no_adapter_until_it_ends(tiny_model, news, tmp_path):
+    """The one of before is not that of the settings and of the steps that the folder tells now."""
+    run_dir = tmp_path / "run"
+    args = train_args(tiny_model, news, run_dir, "--checkpointing_steps", "2")
+    call(train.main, *args)
+    before = (run_dir / "adapter_model.safetensors").read_bytes()
+    back = ("--resume_from_checkpoint", run_dir / "checkpoints/step-000004")
+    other = ("--resume_anyway", "--learning_rate", "0.001")
+    assert call(train.main, *args, *back, *other, "--max_time", "0.0001") == 75
+    assert not (run_dir / "adapter_model.safetensors").exists()
+    assert (run_dir / "adapter_model.safetensors.aside").read_bytes() == before
+    call(train.main, *args, *other, "--resume_from_checkpoint", "latest")
+    assert (run_dir / "adapter_model.safetensors").read_bytes() != before
 
 
 def test_a_damaged_best_checkpoint_is_no_longer_the_best(parts, tmp_path, capsys):

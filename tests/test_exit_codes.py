@@ -98,6 +98,20 @@ def test_ctrl_c_before_there_is_anything_to_lose_is_quiet(tmp_path):
     assert (done.returncode, done.stderr, written) == (130, "", "130\n")
 
 
+def test_a_bug_does_not_overwrite_what_another_process_told(tmp_path):
+    (tmp_path / "code").write_text("2\n")
+    assert run("raise KeyError", tmp_path)[1] == "2\n"
+    assert run("return 75", tmp_path)[1] == "75\n"
+    (tmp_path / "code").write_text("")
+    assert run("raise KeyError", tmp_path)[1] == "1\n"
+
+
+def test_a_code_that_cannot_be_left_hides_no_complaint(tmp_path):
+    file = str(tmp_path / "none/code")
+    done, _ = run("raise UserError('a', 'b', 'c')", tmp_path, EXIT_CODE_FILE=file)
+    assert (done.returncode, done.stderr) == (2, "error: a: b; c\n")
+
+
 def test_no_file_is_written_where_none_is_asked_for(tmp_path):
     done, written = run("raise UserError('a', 'b', 'c')", tmp_path, EXIT_CODE_FILE="")
     assert (done.returncode, written) == (2, None)

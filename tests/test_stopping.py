@@ -104,10 +104,10 @@ def test_a_signal_while_titles_are_written_stops_after_their_batch(
 def test_each_start_gets_on_however_short_its_time(trained, tiny_model, news, tmp_path):
     run_dir = tmp_path / "run"
     args = train_args(tiny_model, news, run_dir, "--resume_from_checkpoint", "latest")
-    for step in (1, 2, 3):
+    for step in (1, 2, 3, 4, 5, 6):  # of 3 an epoch: the fourth start catches up on an evaluation
         assert call(train.main, *args, "--max_time", "0.0001") == STOPPED
         assert len(updates(run_dir)) == step
-    assert call(train.main, *args, "--max_time", "60") is None
+    assert call(train.main, *args, "--max_time", "0.0001") is None
     assert_same_ending(run_dir, trained)
 
 
@@ -304,8 +304,10 @@ def test_an_infer_that_was_killed_before_it_removed_its_parts_does_so_later(
 # ---------------------------------------------------------------------- the request itself
 
 LOOP = """
-import sys, time
+import os, sys, time
+import stopping
 from stopping import StopRequest
+stopping.TOGETHER = float(os.environ.get("TOGETHER", 0))
 with StopRequest(None) as stop:
     stop.listen()
     print("ready", flush=True)
@@ -339,6 +341,30 @@ def test_a_second_signal_ends_the_process_at_once(number):
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
     assert process.returncode == -signal.SIGTERM
+
+
+def test_signals_that_come_together_are_one_request():
+    """Ctrl-C reaches a worker of torchrun from the terminal and from torchrun."""
+    process = start_loop("leave", TOGETHER="3600")
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+        process.send_signal(number)
+    printed, _ = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert printed in ("SIGINT\n", "SIGTERM\n")
+
+
+def test_a_run_goes_on_when_nobody_reads_what_it_prints(tiny_model, news, tmp_path):
+    """`bash run_train.sh | head`, or a `tee` that Ctrl-C ended: it has an adapter to save."""
+    args = train_args(tiny_model, news, tmp_path / "run", "--num_train_epochs", "1")
+    command = [sys.executable, str(SCRIPTS / "train.py"), *args]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if line.startswith("articles "):
+            break
+    process.stdout.close()
+    assert process.wait(timeout=240) == 0
+    assert len(updates(tmp_path / "run")) == 3
+    assert (tmp_path / "run/adapter_model.safetensors").exists()
 
 
 def test_the_launchers_file_is_no_first_signal(tmp_path):
