@@ -47,8 +47,9 @@ def load_base(folder: str, device: torch.device, dtype: torch.dtype, nf4: bool):
         nf4: store the decoder's linear layers in NF4; embeddings, norms and head stay in `dtype`.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             folder,
+            output_loading_info=True,
             dtype=dtype,
             device_map={"": device},
             quantization_config=nf4_config(dtype) if nf4 else None,
@@ -62,6 +63,12 @@ def load_base(folder: str, device: torch.device, dtype: torch.dtype, nf4: bool):
         raise UserError(
             folder, f"the model cannot be loaded ({first_line(error)})", "check its files"
         ) from None
+    if info["missing_keys"]:  # transformers fills them with random values, and goes on
+        raise UserError(
+            folder,
+            f"no weights for {min(info['missing_keys'])} in its files",
+            "copy or download it again",
+        )
     if nf4:
         check_nf4(model, dtype)
         keep_gradients_on_cpu(model)
