@@ -61,6 +61,7 @@ def on_main_process(accelerator, write, *arguments) -> None:
             parts = [error.parts]
     broadcast_object_list(parts)
     if parts[0] is not None:
+        accelerator.wait_for_everyone()  # as at the end of train.py, for this is one too
         raise UserError(*parts[0])
 
 

@@ -212,6 +212,7 @@ def infer(args, columns, source, base_folder, prompt, record, stop):
     if accelerator.is_main_process:
         cut = Parts(output_file, record, len(articles)).join()
         print(f"done: {len(articles):,} titles in {args.output_file}, {cut:,} cut by the limit")
+    accelerator.wait_for_everyone()  # as at the end of train.py
     accelerator.end_training()
     return None
 

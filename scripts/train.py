@@ -338,17 +338,21 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop):
         if not stopping and milestone(step + 1):
             stopping = not evaluate_and_record()
     progress_bar.close()
+
+    # ------------------------------------------------------------------ save
+    if not stopping:
+        on_main_process(accelerator, save_adapter, unwrapped, state, output_dir)
+    # Gloo's threads let go of a broadcast's tensors while this waits. They need Python's lock for
+    # it, and would wait for ever once the group is taken down by a thread that has the lock.
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
     if stopping:
-        accelerator.end_training()
         accelerator.print(
             f"stopped after update {state['completed_steps']:,} of {num_training_steps:,}, with a "
             "checkpoint; the same command with --resume_from_checkpoint latest goes on"
         )
         return STOPPED
 
-    # ------------------------------------------------------------------ save
-    on_main_process(accelerator, save_adapter, unwrapped, state, output_dir)
-    accelerator.end_training()
     accelerator.print(
         f"done: {output_dir}; {state['skipped_steps']:,} updates skipped, peak memory "
         f"{peak_memory(accelerator.device)}"
