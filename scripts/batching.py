@@ -9,6 +9,7 @@ import math
 
 import torch
 
+import packing
 from prompting import Example
 
 IGNORED = -100  # cross_entropy's ignore_index
@@ -29,36 +30,53 @@ def dropout_seed(seed: int, step: int, rank: int) -> int:
 def deal(examples: list[Example], micro_batch_size: int, rank: int = 0, world_size: int = 1):
     """Return this process's micro-batches of one update, as many on every process.
 
-    Articles of similar length go together, which saves padding. The gradient of an update does
-    not depend on how it is split, but for dropout, whose masks go with the micro-batches. A
-    process that would have a micro-batch less gets one that carries no loss.
+    Each gets its share of long and of short articles, so that none needs more memory or time than
+    it must. The gradient of an update does not depend on how it is split, but for dropout, whose
+    masks go with the micro-batches. A process that would have a micro-batch less gets one that
+    carries no loss.
     """
     by_length = sorted(examples, key=lambda example: len(example.ids), reverse=True)
-    rounds = math.ceil(len(by_length) / (micro_batch_size * world_size))
-    count = rounds * world_size
-    # Sizes differ by one at the most, so that no process waits for a fuller one.
-    small, larger = divmod(len(by_length), count)
-    micro_batches, start = [], 0
-    for index in range(count):
-        size = small + (index < larger)
-        micro_batches.append(by_length[start : start + size])
-        start += size
+    count = math.ceil(len(by_length) / (micro_batch_size * world_size)) * world_size
+    micro_batches = [[] for _ in range(count)]
+    for number, example in enumerate(by_length):
+        turn, place = divmod(number, count)  # to and fro: who got the longest gets the shortest
+        micro_batches[place if turn % 2 == 0 else count - 1 - place].append(example)
     return [
         mine or [Example(by_length[-1].ids, len(by_length[-1].ids), False)]
         for mine in micro_batches[rank::world_size]
     ]
 
 
-def pad_left(examples: list[Example], device: torch.device) -> dict[str, torch.Tensor]:
-    """Return a micro-batch whose rows all end in the last column.
+def pack(examples: list[Example], device: torch.device) -> dict:
+    """Return a micro-batch as one packed row, without any padding.
 
-    With the titles at the right edge, logits are needed in the last columns only, and the tensor
-    [batch, length, vocabulary] never exists. Everything is made from lengths, never from a pad id,
-    which may well be the EOS that the model has to learn.
+    Logits are asked for where they predict a title's token alone: the tensor [length, vocabulary]
+    never exists. Where a title begins is known from lengths, never from a pad id, which may well
+    be the EOS that the model has to learn.
+
+    Returns:
+        `packing.pack` of the ids; `logits_to_keep` and `labels`, int64 [title tokens]: indices in
+        the row, and the tokens that come after them.
+    """
+    row = packing.pack([example.ids for example in examples], device)
+    keep, labels, start = [], [], 0
+    for example in examples:
+        start += len(example.ids)
+        keep.extend(range(start - example.num_title_ids - 1, start - 1))
+        labels.extend(example.ids[example.num_prompt_ids :])
+    return row | {
+        "logits_to_keep": torch.tensor(keep, dtype=torch.long).to(device),
+        "labels": torch.tensor(labels, dtype=torch.long).to(device),
+    }
+
+
+def pad_left(examples: list[Example], device: torch.device) -> dict:
+    """Return a micro-batch whose rows all end in the last column, for models that cannot be packed.
 
     Returns:
         `input_ids`, `attention_mask`, `position_ids`: int64 [batch, length]; `labels`: int64
-        [batch, longest title], IGNORED where a shorter title's row still shows its prompt.
+        [batch, longest title], IGNORED where a shorter title's row still shows its prompt;
+        `logits_to_keep`: int64 [longest title], the columns that predict them.
     """
     length = max(len(example.ids) for example in examples)
     num_labels = max(1, *(example.num_title_ids for example in examples))
@@ -73,4 +91,5 @@ def pad_left(examples: list[Example], device: torch.device) -> dict[str, torch.T
         positions[row, length - len(ids) :] = torch.arange(len(ids))
         labels[row, num_labels - titles :] = ids[len(ids) - titles :]
     batch = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions}
-    return {name: tensor.to(device) for name, tensor in (batch | {"labels": labels}).items()}
+    batch |= {"labels": labels, "logits_to_keep": torch.arange(length - 1 - num_labels, length - 1)}
+    return {name: tensor.to(device) for name, tensor in batch.items()}

@@ -46,7 +46,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("model").add_argument
     add("--run_dir", required=True, help="folder of train.py")
     add("--model_name_or_path", help="where the base lies now, if not where the run says")
-    add("--base", choices=["dequantised", "original"], default="dequantised", help="add to these")
+    add("--base", choices=["dequantised", "original"], help="(default: what was trained against)")
     add = parser.add_argument_group("check").add_argument
     add("--check_file", help="articles to compare logits on (default: the run's validation file)")
     add("--check_rows", type=int, default=4, help="so many of them; 0: no check")
@@ -70,6 +70,14 @@ def main(argv=None):
     check_adapter(args.run_dir)
     if model_name != run_config["base_model"]:
         note_override("--model_name_or_path", model_name, run_config["base_model"])
+    # The adapter fits the weights that it was trained against; after --base_weights bf16, those
+    # are the original ones.
+    nf4 = run_config["arguments"].get("base_weights") != "bf16"
+    args.base = args.base or ("dequantised" if nf4 else "original")
+    if args.base == "dequantised" and not nf4:
+        raise UserError(
+            "--base dequantised", f"{args.run_dir} was not trained in 4 bits", "leave it out"
+        )
     adapter_sha256 = file_sha256(Path(args.run_dir, ADAPTER_WEIGHTS))
     if is_merged(args.output_dir, adapter_sha256, args.base):
         print(f"{args.output_dir} is there already, made of the same adapter: nothing to do")
@@ -118,7 +126,7 @@ def main(argv=None):
             "merge_versions": versions(),
         }
         if texts:
-            check = compare_logits(base_folder, args.run_dir, temporary, prompt, texts, dtype)
+            check = compare_logits(base_folder, nf4, args.run_dir, temporary, prompt, texts, dtype)
             run_config["merge_check"] = check
             print(
                 f"logits of {len(texts)} prompts against base + adapter: relative difference "
@@ -256,12 +264,12 @@ def quantized_weights(base_folder: Path) -> set[str]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from modeling import decoder_linears
+
     config = AutoConfig.from_pretrained(base_folder, **OWN_FILES_ONLY)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    head = model.get_output_embeddings()
-    linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    return {f"{name}.weight" for name, layer in linear.items() if layer is not head}
+    return {f"{name}.weight" for name in decoder_linears(model)}
 
 
 def round_to_nf4(weight):
@@ -272,8 +280,8 @@ def round_to_nf4(weight):
     return dequantize_4bit(packed, state)
 
 
-def compare_logits(base_folder, adapter_dir, merged_folder, prompt, texts, dtype) -> dict:
-    """Return how far the merged model's logits are from those of the 4-bit base with adapter."""
+def compare_logits(base_folder, nf4, adapter_dir, merged_folder, prompt, texts, dtype) -> dict:
+    """Return how far the merged model's logits are from those of base and adapter in training."""
     import torch
 
     from modeling import attach_adapter, load_base
@@ -286,7 +294,7 @@ def compare_logits(base_folder, adapter_dir, merged_folder, prompt, texts, dtype
             return torch.cat([model(input_ids=i, use_cache=False).logits[0].float() for i in ids])
 
     # One after the other, so that only one of the two is in memory.
-    model = attach_adapter(load_base(str(base_folder), device, dtype, nf4=True), adapter_dir)
+    model = attach_adapter(load_base(str(base_folder), device, dtype, nf4), adapter_dir)
     reference = logits(model)
     del model
     merged = logits(load_base(str(merged_folder), device, dtype, nf4=False))

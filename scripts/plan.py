@@ -5,6 +5,11 @@ import math
 from memory import expected_peak_memory, peak_memory
 
 CHECKED_EXACTLY = 25_000  # rows; of larger files, lengths are told from no more than that
+BASES = {
+    "nf4": "in NF4 with double quantization",
+    "nf4-bf16": "dequantized once from NF4 with double quantization",
+    "bf16": "as it is: LoRA, not QLoRA",
+}
 
 
 def measure_lengths(prompt, articles) -> dict:
@@ -34,7 +39,16 @@ def measure_lengths(prompt, articles) -> dict:
 
 
 def describe_plan(
-    args, accelerator, model, prompt, checked, lengths, updates, updates_per_epoch, warmup
+    args,
+    accelerator,
+    model,
+    prompt,
+    checked,
+    lengths,
+    every_n_layers,
+    updates,
+    updates_per_epoch,
+    warmup,
 ) -> str:
     """Return the lines that are printed before the first update."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -43,7 +57,10 @@ def describe_plan(
     validation = checked["validation"].rows if "validation" in checked else 0
     processes, device = accelerator.num_processes, accelerator.device
     batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    peak = expected_peak_memory(model, args, device, lengths["longest"])
+    peak = expected_peak_memory(model, args, device, lengths["longest"], every_n_layers)
+    layers = {0: "off", 1: "of every layer"}.get(
+        every_n_layers, f"of every {every_n_layers} layers"
+    )
     lines = {
         "articles": f"{checked['train'].rows:,} rows for training, {validation:,} for validation; "
         f"{about}{lengths['articles_cut']:,} training articles are cut to "
@@ -55,13 +72,13 @@ def describe_plan(
         f"device x {accumulation} accumulated x {processes} processes), {updates_per_epoch:,} per "
         f"epoch, {warmup:,} to warm up",
         "model": f"{trainable:,} of {trainable + frozen:,} parameters train "
-        f"({trainable / (trainable + frozen):.2%}); base in NF4 with double quantization",
+        f"({trainable / (trainable + frozen):.2%}); base {BASES[args.base_weights]}",
         "precision": ("bf16 autocast" if args.mixed_precision == "bf16" else "fp32")
         + f", adapter in fp32, on {device.type}",
         "optimizer": "PagedAdamW32bit, "
         + ("paged" if device.type == "cuda" else "unpaged: there is no GPU to page from"),
         "memory": f"about {peak / 2**30:.1f} GiB expected at the peak, activation checkpointing "
-        + ("on" if args.activation_checkpointing else "off")
+        + layers
         + (f"; {peak_memory(device)} after loading" if device.type == "cuda" else ""),
     }
     return "\n".join(f"{name:10} {text}" for name, text in lines.items())

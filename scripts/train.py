@@ -38,6 +38,10 @@ from stopping import StopRequest
 MAX_SKIPPED_IN_A_ROW = 5  # updates whose gradient is not finite, before the run gives up
 
 
+WEIGHTS_HELP = "QLoRA; the same, dequantized once: faster, larger; plain LoRA"
+CHECKPOINTING_HELP = "auto: what memory asks for; none, full, or a number N for every Nth layer"
+
+
 def parse_args(argv=None):
     # Without a usage line, a complaint of argparse is one line.
     parser = argparse.ArgumentParser(
@@ -46,6 +50,7 @@ def parse_args(argv=None):
     flag = argparse.BooleanOptionalAction
     add = parser.add_argument_group("model").add_argument
     add("--model_name_or_path", required=True, help="local folder or Hub id of the base")
+    add("--base_weights", choices=["nf4", "nf4-bf16", "bf16"], default="nf4", help=WEIGHTS_HELP)
     add("--prompt_file", default=str(PROMPTS / "fr.txt"), help="template with {article} in it")
     add("--apply_chat_template", action=flag, default=False, help="send it as a user's chat turn")
     add = parser.add_argument_group("data").add_argument
@@ -68,7 +73,7 @@ def parse_args(argv=None):
     add("--learning_rate", type=float, default=2e-4, help="after the warm-up")
     add("--warmup_ratio", type=float, default=0.03, help="share of the updates that warm up")
     add("--max_grad_norm", type=float, default=0.3, help="larger gradients are scaled down to it")
-    add("--activation_checkpointing", action=flag, default=True, help="less memory, slower")
+    add("--activation_checkpointing", default="auto", metavar="WHEN", help=CHECKPOINTING_HELP)
     add("--mixed_precision", choices=["bf16", "no"], default="bf16", help="no: all in fp32")
     add("--seed", type=int, default=42, help="of LoRA's first values, the order and dropout")
     add = parser.add_argument_group("logging and output").add_argument
@@ -92,6 +97,9 @@ def parse_args(argv=None):
                 parser.error(f"--{name} {value}: give a number from 0 to below 2**32")
         elif type(value) in (int, float) and not 0 < value < math.inf:
             parser.error(f"--{name} {value}: give a {'finite ' * (value > 0)}number above 0")
+    when = args.activation_checkpointing
+    if when not in ("auto", "none", "full") and not (when.isdecimal() and int(when) > 0):
+        parser.error(f"--activation_checkpointing {when}: give auto, none, full or a number")
     if args.metric_for_best_model == "rougeL" and args.num_eval_titles == 0:
         parser.error("--metric_for_best_model rougeL: needs --num_eval_titles above 0")
     return args
@@ -138,7 +146,7 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop):
     from bitsandbytes.optim import PagedAdamW32bit
     from peft import LoraConfig, get_peft_model
 
-    from batching import deal, dropout_seed, epoch_order, pad_left
+    from batching import deal, dropout_seed, epoch_order, pack, pad_left
     from checkpoints import (
         find_checkpoint,
         first_state,
@@ -150,8 +158,9 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop):
         save_checkpoint,
         set_later_ones_aside,
     )
-    from memory import peak_memory
-    from modeling import check_targets, load_base
+    from memory import choose_checkpointing, peak_memory
+    from modeling import check_targets, dequantize_base, load_base
+    from packing import use_packed_attention
     from plan import describe_plan, measure_lengths
 
     # ------------------------------------------------------------------ accelerator and seed
@@ -186,12 +195,13 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop):
     # NF4 with double quantization, multiplied in bf16: asked for by `nf4_config` in modeling.py,
     # which infer.py shares, and checked there on every loaded layer.
     dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
-    base = load_base(str(base_folder), accelerator.device, dtype, nf4=True)
-    if args.activation_checkpointing:
-        # Non-reentrant: the reentrant kind gives no gradient to LoRA below a frozen embedding.
-        # (The name before transformers 5.18 was gradient_checkpointing_enable.)
-        old_name = base.gradient_checkpointing_enable
-        getattr(base, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
+    nf4 = args.base_weights != "bf16"
+    base = load_base(str(base_folder), accelerator.device, dtype, nf4)
+    if args.base_weights == "nf4-bf16":
+        dequantize_base(base)
+    make_batch = pack if use_packed_attention(base, args.max_length) else pad_left
+    if make_batch is pad_left:
+        note("this model takes no packed rows; shorter articles of a micro-batch are padded")
 
     # ------------------------------------------------------------------ LoRA
     # Embeddings, norms and head stay in bf16 (prepare_model_for_kbit_training would copy them to
@@ -205,6 +215,13 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop):
     )
     model = get_peft_model(base, lora_config)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    every_n_layers = choose_checkpointing(model, args, accelerator.device, lengths["longest"])
+    if every_n_layers:
+        # Non-reentrant: the reentrant kind gives no gradient to LoRA below a frozen embedding.
+        # (The name before transformers 5.18 was gradient_checkpointing_enable.)
+        old_name = base.gradient_checkpointing_enable
+        enable = getattr(base, "activation_checkpointing_enable", old_name)
+        enable({"use_reentrant": False}, every_n_layers=every_n_layers)
 
     # ------------------------------------------------------------------ optimizer and schedule
     paged_adamw = PagedAdamW32bit(trainable, lr=args.learning_rate, weight_decay=0.0)
@@ -233,6 +250,7 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop):
         prompt,
         checked,
         lengths,
+        every_n_layers,
         num_training_steps,
         updates_per_epoch,
         num_warmup_steps,
@@ -248,7 +266,7 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop):
     def evaluate_and_record(stop_asked=stop.asked) -> bool:
         """Return whether the evaluation of the newest checkpoint came to its end."""
         if validation_articles is not None and not evaluate(
-            accelerator, model, prompt, validation_articles, args, state, stop_asked
+            accelerator, model, make_batch, prompt, validation_articles, args, state, stop_asked
         ):
             return False
         state["evaluated_steps"] = state["completed_steps"]
@@ -291,7 +309,7 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop):
             last = micro_step == len(micro_batches)
             with nullcontext() if last else accelerator.no_sync(model):
                 with accelerator.autocast():
-                    loss = title_loss(model, pad_left(micro_batch, accelerator.device))
+                    loss = title_loss(model, make_batch(micro_batch, accelerator.device))
                 # Divided by the title tokens of the whole update, so that each counts the same
                 # however the update is split. (DDP takes the mean over processes: undo that.)
                 accelerator.backward(loss * accelerator.num_processes / num_title_tokens)
@@ -361,20 +379,17 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop):
 
 
 def title_loss(model, batch):
-    """Return the cross-entropy of title tokens and EOS, summed over a batch of `pad_left`."""
+    """Return the cross-entropy of title tokens and EOS, summed over a batch of `batching`."""
     import torch.nn.functional as F
 
     from batching import IGNORED
 
     inputs, labels = {k: v for k, v in batch.items() if k != "labels"}, batch["labels"]
-    # All titles end in the last column, and the logits of a column predict the next one.
-    logits = model(**inputs, use_cache=False, logits_to_keep=labels.shape[1] + 1).logits[:, :-1]
-    return F.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+    logits = model(**inputs, use_cache=False).logits.flatten(0, -2)  # where labels are, alone
+    return F.cross_entropy(logits.float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
-def evaluate(accelerator, model, prompt, articles, args, state, stop_asked) -> bool:
+def evaluate(accelerator, model, make_batch, prompt, articles, args, state, stop_asked) -> bool:
     """Log validation loss and ROUGE-L, show three titles, and note in `state` if this is the best.
 
     Returns False, and leaves everything as it was, once `stop_asked()` is true.
@@ -385,7 +400,7 @@ def evaluate(accelerator, model, prompt, articles, args, state, stop_asked) -> b
     import torch
     from accelerate.utils import gather_object
 
-    from batching import deal, pad_left
+    from batching import deal
     from infer import generate_titles
     from score import score_titles
 
@@ -402,7 +417,7 @@ def evaluate(accelerator, model, prompt, articles, args, state, stop_asked) -> b
             for micro_batch in deal(examples, args.per_device_train_batch_size):
                 if stop_asked():
                     break
-                batch = pad_left(micro_batch, accelerator.device)
+                batch = make_batch(micro_batch, accelerator.device)
                 totals[0] += title_loss(unwrapped, batch)
                 totals[1] += sum(example.num_title_ids for example in micro_batch)
         # Titles of evenly spaced rows, the same at every evaluation.

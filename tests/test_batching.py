@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from batching import IGNORED, deal, dropout_seed, epoch_order, pad_left
+from batching import IGNORED, deal, dropout_seed, epoch_order, pack, pad_left
 from prompting import Example
 
 CPU = torch.device("cpu")
@@ -54,10 +54,27 @@ def test_dealing_gives_each_article_once_and_as_many_rounds_to_all(
     assert len(hands[0]) == -(-count // (micro_batch_size * world_size))
 
 
-def test_articles_of_similar_length_go_together():
-    hand = deal(make_examples(16), 4)
-    lengths = [[len(example.ids) for example in micro_batch] for micro_batch in hand]
-    assert list(itertools.chain(*lengths)) == sorted(itertools.chain(*lengths), reverse=True)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_each_micro_batch_gets_its_share_of_long_articles(world_size):
+    examples = make_examples(64)
+    hands = [deal(examples, 4, rank, world_size) for rank in range(world_size)]
+    totals = [sum(len(e.ids) for e in batch) for hand in hands for batch in hand]
+    assert len(totals) == 16
+    assert max(totals) - min(totals) < max(len(example.ids) for example in examples)
+    assert max(totals) < 1.2 * sum(totals) / len(totals)
+
+
+def test_a_packed_row_has_every_article_once_and_no_padding():
+    ids_and_prompts = (([5, 6, 7, 0], 2), ([0, 8], 1), ([9] * 3, 3))
+    batch = pack([Example(ids, prompt, False) for ids, prompt in ids_and_prompts], CPU)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 0, 0, 8, 9, 9, 9]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 0, 1, 2]]
+    assert batch["cu_seq_lens_q"].tolist() == batch["cu_seq_lens_k"].tolist() == [0, 4, 6, 9]
+    assert batch["cu_seq_lens_q"].dtype == torch.int32
+    assert batch["max_length_q"] == batch["max_length_k"] == 4
+    # The id 0 is a label where it is a title's, and the third, a dealt dummy, has none.
+    assert batch["logits_to_keep"].tolist() == [1, 2, 4]
+    assert batch["labels"].tolist() == [7, 0, 8]
 
 
 def test_padding_is_on_the_left_and_made_from_lengths():
@@ -101,9 +118,10 @@ def test_left_padding_changes_no_logit_whatever_the_positions_are(family):
     model = AutoModelForCausalLM.from_config(config).eval()
     examples = [Example([11, 12, 13, 14, 15, 16, 17], 4, False), Example([21, 22, 23], 1, False)]
     batch = pad_left(examples, CPU)
-    labels = batch.pop("labels")
-    logits = model(**batch, use_cache=False, logits_to_keep=labels.shape[1] + 1).logits
+    batch.pop("labels")
+    logits = model(**batch, use_cache=False).logits
     for row, example in enumerate(examples):
         alone = model(input_ids=torch.tensor([example.ids]), use_cache=False).logits[0]
-        count = example.num_title_ids + 1
-        torch.testing.assert_close(logits[row, -count:], alone[-count:], rtol=1e-5, atol=1e-5)
+        count = example.num_title_ids
+        found, expected = logits[row, -count:], alone[-count - 1 : -1]
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

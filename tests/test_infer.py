@@ -154,7 +154,7 @@ def test_learns_to_stop(tiny_model, tmp_path):
         *("--model_name_or_path", tiny_model, "--train_file", tmp_path / "train.csv"),
         *("--output_dir", tmp_path / "run", "--max_length", "128", "--max_title_tokens", "48"),
         *("--num_train_epochs", "60", "--learning_rate", "0.02", "--lora_r", "32"),
-        *("--lora_dropout", "0", "--max_grad_norm", "1", "--no-activation_checkpointing"),
+        *("--lora_dropout", "0", "--max_grad_norm", "1", "--activation_checkpointing", "none"),
         *("--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1"),
     )
     inputs = ("--input_file", tmp_path / "train.csv", "--output_file", tmp_path / "out.csv")

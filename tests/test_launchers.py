@@ -100,7 +100,7 @@ def test_train_launcher_passes_variables_and_options(launch):
     assert (args.model_name_or_path, args.train_file) == ("m", "t t.csv")
     assert (args.validation_file, args.output_dir, args.lora_r) == ("v.csv", "runs/x", 8)
     assert args.learning_rate == 2e-4  # a real model trains with the report's settings
-    assert args.activation_checkpointing
+    assert args.activation_checkpointing == "auto"
     assert python == [check("single_gpu")]
 
 

@@ -224,3 +224,31 @@ def test_generation_works_in_and_out_of_autocast(tiny_model, autocast):
         titles = list(generate_titles(model, prompt, ["Le maire de Nîmes", "Un but"]))
     assert sorted(index for index, _ in titles) == [0, 1]
     assert all(1 <= title.num_new_tokens <= 8 for _, title in titles)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_base_dequantized_once_computes_the_same_bits(tiny_model, dtype):
+    """Logits, and the gradients of LoRA in every layer."""
+    from peft import LoraConfig, get_peft_model
+
+    results = []
+    for once in (False, True):
+        base = modeling.load_base(str(tiny_model), CPU, dtype, nf4=True)
+        if once:
+            modeling.dequantize_base(base)
+            linear = modeling.decoder_linears(base).values()
+            assert {type(layer) for layer in linear} == {torch.nn.Linear}
+            assert {layer.weight.dtype for layer in linear} == {dtype}
+        torch.manual_seed(0)
+        config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+        model = get_peft_model(base, config).train()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            logits = model(input_ids=torch.arange(5, 60)[None], use_cache=False).logits
+        logits.float().logsumexp(-1).sum().backward()
+        trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        assert all(p.dtype == torch.float32 for _, p in trained)
+        results.append({n: p.grad for n, p in trained} | {"logits": logits})
+    assert results[0].keys() == results[1].keys()
+    for name, tensor in results[0].items():
+        assert torch.equal(tensor, results[1][name]), name
+        assert tensor.any(), name

@@ -58,7 +58,7 @@ def test_of_a_large_file_evenly_spaced_rows_are_counted(monkeypatch):
 
 
 def arguments(**changes):
-    values = {"lora_dropout": 0.0, "mixed_precision": "bf16", "activation_checkpointing": False}
+    values = {"lora_dropout": 0.0, "mixed_precision": "bf16", "activation_checkpointing": "auto"}
     values |= {"per_device_train_batch_size": 4, "max_title_tokens": 64} | changes
     return argparse.Namespace(**values)
 
@@ -69,17 +69,19 @@ def model(tmp_path_factory):
     from peft import LoraConfig, get_peft_model
 
     from modeling import load_base
+    from packing import use_packed_attention
 
     shape = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4}
     folder = save_tiny_model(tmp_path_factory.mktemp("wide"), byte_level_tokenizer(), **shape)
     base = load_base(str(folder), CPU, torch.bfloat16, nf4=True)
+    assert use_packed_attention(base, 512)
     config = LoraConfig(task_type="CAUSAL_LM", r=16, lora_dropout=0.1, target_modules="all-linear")
     return get_peft_model(base, config).train()
 
 
 def saved_bytes(model, length) -> int:
     """Return the bytes that autograd keeps of a training forward of 4 rows, weights left out."""
-    from batching import pad_left
+    from batching import pack
     from prompting import Example
     from train import title_loss
 
@@ -95,7 +97,7 @@ def saved_bytes(model, length) -> int:
     examples = [Example([5] * length, length - 64, False) for _ in range(4)]
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with hooks, torch.autocast("cpu", torch.bfloat16):
-        title_loss(model, pad_left(examples, CPU))
+        title_loss(model, pack(examples, CPU))
     return sum(seen.values())
 
 
@@ -112,16 +114,16 @@ def test_what_a_token_takes_is_what_autograd_keeps(model, dropout):
                 layer.lora_dropout[name] = kind
     counted = (saved_bytes(model, 512) - saved_bytes(model, 256)) / (4 * 256)
     args = arguments(lora_dropout=dropout)
-    expected = [memory.expected_peak_memory(model, args, CPU, n) for n in (256, 512)]
+    expected = [memory.expected_peak_memory(model, args, CPU, n, 0) for n in (256, 512)]
     per_token = (expected[1] - expected[0]) / memory.HOLES / (4 * 256)
     assert per_token == pytest.approx(counted, rel=0.1)
 
 
 def test_the_expected_peak_grows_with_what_it_should(model):
-    def expected(device=CUDA, longest=512, **changes):
-        return memory.expected_peak_memory(model, arguments(**changes), device, longest)
+    def expected(device=CUDA, longest=512, every=0, **changes):
+        return memory.expected_peak_memory(model, arguments(**changes), device, longest, every)
 
-    assert expected(activation_checkpointing=True) < expected()
+    assert expected(every=1) < expected(every=2) < expected(every=4) < expected()
     assert expected() < expected(lora_dropout=0.1)
     assert expected() < expected(longest=1024)
     assert expected() < expected(per_device_train_batch_size=8)
@@ -137,3 +139,19 @@ def test_peak_memory_is_what_this_process_took():
     block[:: 1 << 12] = bytes([1]) * len(block[:: 1 << 12])
     after = float(memory.peak_memory(CPU).split()[0])
     assert after - before > 0.3
+
+
+@pytest.mark.parametrize(("asked", "every"), [("none", 0), ("full", 1), ("3", 3)])
+def test_checkpointing_is_as_asked_for(model, asked, every):
+    args = arguments(activation_checkpointing=asked)
+    assert memory.choose_checkpointing(model, args, CPU, 512) == every
+
+
+@pytest.mark.parametrize("every", [0, 4, 2, 1])
+def test_checkpointing_is_the_least_that_fits(model, every, monkeypatch):
+    import psutil
+
+    needed = memory.expected_peak_memory(model, arguments(), CPU, 512, every)
+    there = argparse.Namespace(available=1.01 * needed / 0.9 if every != 1 else 0)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: there)
+    assert memory.choose_checkpointing(model, arguments(), CPU, 512) == every

@@ -77,8 +77,9 @@ def best_is_step_3(monkeypatch):
     """Let the first epoch be judged the best, whatever training does."""
     original = train.evaluate
 
-    def evaluate(accelerator, model, prompt, articles, args, state, stop):
-        assert original(accelerator, model, prompt, articles, args, state, stop)
+    def evaluate(*arguments):
+        assert original(*arguments)
+        state = arguments[-2]
         state |= {"best_step": min(3, state["completed_steps"]), "best_value": 0.0}
         return True
 
@@ -162,9 +163,66 @@ def test_any_split_of_an_update_trains_the_same(
 
 def test_activation_checkpointing_changes_nothing(one_by_one, tiny_model, news, tmp_path):
     more = ("--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "8")
-    more += ("--no-activation_checkpointing",)
+    more += ("--activation_checkpointing", "full")
     call(train.main, *train_args(tiny_model, news, tmp_path / "run", *EXACT, *more))
     assert difference(adapter(tmp_path / "run"), adapter(one_by_one)) < 1e-5
+
+
+def test_a_base_dequantized_once_trains_the_same_bits(trained, tiny_model, news, tmp_path, capsys):
+    """And its adapter infers and merges as one of the 4-bit base, which it is."""
+    import infer
+    import merge
+
+    run_dir = tmp_path / "run"
+    call(train.main, *train_args(tiny_model, news, run_dir, "--base_weights", "nf4-bf16"))
+    assert "base dequantized once from NF4" in capsys.readouterr().out
+    name = "adapter_model.safetensors"
+    assert (run_dir / name).read_bytes() == (trained / name).read_bytes()
+    assert infer.find_model(infer_args(run_dir, news, tmp_path))["weights"] == "nf4"
+    call(merge.main, "--run_dir", run_dir, "--output_dir", tmp_path / "merged", "--check_rows", 2)
+    merged = json.loads((tmp_path / "merged/run_config.json").read_text())
+    assert merged["merged_base"] == "dequantised"
+
+
+def infer_args(run_dir, news, tmp_path):
+    import infer
+
+    files = ("--input_file", news / "test.csv", "--output_file", tmp_path / "out.csv")
+    return infer.parse_args([str(word) for word in ("--run_dir", run_dir, *files)])
+
+
+def test_plain_lora_trains_infers_and_merges_the_original_base(
+    trained, tiny_model, news, tmp_path, capsys
+):
+    import infer
+    import merge
+
+    run_dir = tmp_path / "run"
+    call(train.main, *train_args(tiny_model, news, run_dir, "--base_weights", "bf16"))
+    assert "base as it is: LoRA, not QLoRA" in capsys.readouterr().out
+    assert difference(adapter(run_dir), adapter(trained)) > 0
+    assert infer.find_model(infer_args(run_dir, news, tmp_path))["weights"] == "bf16"
+    files = ("--input_file", news / "test.csv", "--output_file", tmp_path / "out.csv")
+    call(infer.main, "--run_dir", run_dir, *files)
+    options = ("--output_dir", tmp_path / "x", "--base", "dequantised")
+    with pytest.raises(UserError) as error:
+        call(merge.main, "--run_dir", run_dir, *options)
+    assert str(error.value) == (
+        f"--base dequantised: {run_dir} was not trained in 4 bits; leave it out"
+    )
+    call(merge.main, "--run_dir", run_dir, "--output_dir", tmp_path / "merged", "--check_rows", 2)
+    merged = json.loads((tmp_path / "merged/run_config.json").read_text())
+    assert merged["merged_base"] == "original"
+    assert merged["merge_check"]["relative_difference"] < 0.03
+    call(infer.main, "--run_dir", tmp_path / "merged", *files[:3], tmp_path / "merged.csv")
+
+
+@pytest.mark.parametrize("when", ["0", "-1", "some", ""])
+def test_checkpointing_has_no_other_values(when, capsys):
+    given = ["--model_name_or_path", "m", "--train_file", "t", "--output_dir", "o"]
+    with pytest.raises(SystemExit):
+        train.parse_args([*given, f"--activation_checkpointing={when}"])
+    assert f"--activation_checkpointing {when}: give auto, none, full or" in capsys.readouterr().err
 
 
 def test_an_accumulation_set_in_the_environment_changes_nothing(
@@ -302,18 +360,24 @@ def reference_loss(model, examples):
     return total
 
 
-def test_loss_and_gradients_equal_the_textbook_way(loaded):
+@pytest.mark.parametrize("name", ["pack", "pad_left"])
+def test_loss_and_gradients_equal_the_textbook_way(loaded, name):
     import torch
 
-    from batching import pad_left
+    import batching
+    from packing import use_packed_attention
 
     model, prompt = loaded
+    model.set_attn_implementation("sdpa")
+    make_batch = getattr(batching, name)
+    if name == "pack":
+        assert use_packed_attention(model, 300)
     rows = french_rows(5, seed=4)
     examples = [prompt.encode(row["text"], row["titles"]) for row in rows]
     assert len({len(example.ids) for example in examples}) > 2
     gradients = []
     for loss in (
-        train.title_loss(model, pad_left(examples, torch.device("cpu"))),
+        train.title_loss(model, make_batch(examples, torch.device("cpu"))),
         reference_loss(model, examples),
     ):
         model.zero_grad()
@@ -324,21 +388,27 @@ def test_loss_and_gradients_equal_the_textbook_way(loaded):
     assert all(gradient.any() for gradient in gradients[0].values())
 
 
-def test_logits_are_made_for_titles_only(loaded, monkeypatch):
+@pytest.mark.parametrize("name", ["pack", "pad_left"])
+def test_logits_are_made_for_titles_only(loaded, name):
     import torch
 
-    from batching import pad_left
+    import batching
+    from packing import use_packed_attention
 
     model, prompt = loaded
+    model.set_attn_implementation("sdpa")
+    if name == "pack":
+        assert use_packed_attention(model, 300)
     examples = [prompt.encode(row["text"], row["titles"]) for row in french_rows(4, longest=200)]
     shapes = []
     head = model.get_base_model().lm_head
     hook = head.register_forward_hook(lambda _, __, output: shapes.append(output.shape))
-    train.title_loss(model, pad_left(examples, torch.device("cpu")))
+    train.title_loss(model, getattr(batching, name)(examples, torch.device("cpu")))
     hook.remove()
-    titles = max(example.num_title_ids for example in examples)
-    assert shapes == [torch.Size([4, titles + 1, head.out_features])]
-    assert titles + 1 < max(len(example.ids) for example in examples) / 2
+    titles = [example.num_title_ids for example in examples]
+    expected = {"pack": (1, sum(titles)), "pad_left": (4, max(titles))}[name]
+    assert shapes == [torch.Size([*expected, head.out_features])]
+    assert max(titles) < max(len(example.ids) for example in examples) / 2
 
 
 def test_logged_figures_equal_an_offline_recomputation(one_by_one, tiny_model, news):
@@ -487,7 +557,7 @@ def test_the_loop_can_be_read_in_one_file():
     assert order[:3] == ["parse_args", "main", "train"]
 
 
-METHOD = ("nf4=True", "LoraConfig(", "get_peft_model(", "PagedAdamW32bit(", "clip_grad_norm_(")
+METHOD = ("load_base(", "LoraConfig(", "get_peft_model(", "PagedAdamW32bit(", "clip_grad_norm_(")
 METHOD += ("accelerator.autocast()", "no_sync(model)", "accelerator.backward(", "warmup_ratio *")
 METHOD += ('matmul.fp32_precision = "tf32"', "optimizer.step()", "gradient_accumulation_steps\n")
 

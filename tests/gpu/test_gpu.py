@@ -113,15 +113,48 @@ def test_rounding_to_nf4_agrees_on_gpu_and_cpu(wide_model):
 
 def test_logits_of_all_positions_never_exist(wide_model):
     """The peak of a long prompt with a short title stays below the logits' own size."""
-    from batching import pad_left
+    from batching import pack
     from modeling import load_base
+    from packing import use_packed_attention
     from prompting import Example
 
     model = load_base(str(wide_model), CUDA, torch.bfloat16, nf4=True)
     model.resize_token_embeddings(200_000)
+    assert use_packed_attention(model, 300)
     example = Example([5] * 1000, 990, False)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
-        train.title_loss(model, pad_left([example], CUDA))
+        train.title_loss(model, pack([example], CUDA))
     assert torch.cuda.max_memory_allocated() - before < 1000 * 200_000 * 2
+
+
+def test_packed_rows_on_the_gpu_are_those_of_single_articles(wide_model):
+    """Through variable-length attention, in bf16: losses and gradients up to its rounding."""
+    from peft import LoraConfig, get_peft_model
+
+    from batching import pack
+    from modeling import load_base
+    from packing import use_packed_attention
+    from prompting import Example
+
+    torch.manual_seed(0)
+    base = load_base(str(wide_model), CUDA, torch.bfloat16, nf4=True)
+    assert use_packed_attention(base, 300)
+    config = LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(base, config)
+    lengths = (300, 17, 120, 64)
+    ids = [torch.randint(3, 300, (length,)).tolist() for length in lengths]
+    examples = [Example(row, len(row) - 9, False) for row in ids]
+    results = []
+    for batches in ([examples], [[example] for example in examples]):
+        model.zero_grad()
+        losses = []
+        for batch in batches:
+            with torch.autocast("cuda", torch.bfloat16):
+                losses.append(train.title_loss(model, pack(batch, CUDA)))
+            losses[-1].backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+        results.append((sum(losses).item(), gradient))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-3)
+    assert (results[0][1] - results[1][1]).norm() < 0.02 * results[1][1].norm()

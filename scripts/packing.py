@@ -1,0 +1,127 @@
+"""Attention over a packed row: several articles one after the other, none of which sees another.
+
+A packed row computes nothing for padding. Articles are kept apart by their lengths, which reach
+every layer as keyword arguments; there is no mask, whose size is the square of the row's.
+"""
+
+import itertools
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+PACKED = "packed"  # its name among transformers' kinds of attention
+
+
+def packed_attention(module, query, key, value, attention_mask, **kwargs):
+    """Return what `sdpa_attention_forward` does, for each article of a packed row by itself.
+
+    Args:
+        module: the attention layer.
+        query, key, value: [1, heads or key/value heads, length of the row, head size].
+        attention_mask: None for a packed row.
+        kwargs: `cu_seq_lens_q`, int32 [articles + 1], the borders of the articles in the row, and
+            `max_length_q`, the longest of them, as in transformers' FlashAttentionKwargs. Without
+            them, as in generation, this is ordinary attention.
+
+    Returns:
+        [1, length of the row, heads, head size], None.
+    """
+    borders = kwargs.pop("cu_seq_lens_q", None)
+    longest = kwargs.pop("max_length_q", None)
+    for name in ("cu_seq_lens_k", "max_length_k"):
+        kwargs.pop(name, None)
+    for name in ("softcap", "s_aux", "position_bias"):  # some releases of sdpa pass over these
+        if kwargs.get(name) is not None:
+            raise ValueError(f"packed attention knows no {name}")
+    if borders is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    window = kwargs.get("sliding_window")
+    if query.is_cuda and query.dtype != torch.float32 and not kwargs.get("dropout"):
+        from torch.nn.attention.varlen import varlen_attn
+
+        groups = getattr(module, "num_key_value_groups", 1)
+        rows = [
+            t[0].transpose(0, 1) for t in (query, repeat_kv(key, groups), repeat_kv(value, groups))
+        ]
+        left = -1 if window is None else window - 1
+        output = varlen_attn(
+            *rows,
+            borders,
+            borders,
+            longest,
+            longest,
+            scale=kwargs.get("scaling"),
+            window_size=(left, 0),
+        )
+        return output[None], None
+    if window is not None and longest > window:
+        raise ValueError(f"an article of {longest} tokens is longer than the window of {window}")
+    outputs = []
+    for start, end in itertools.pairwise(borders.tolist()):
+        article = (t[:, :, start:end] for t in (query, key, value))
+        outputs.append(sdpa_attention_forward(module, *article, None, **kwargs)[0])
+    return torch.cat(outputs, dim=1), None
+
+
+def no_mask_or_sdpas(*args, attention_mask=None, **kwargs):
+    """Return no mask for a packed row, and in generation that of `sdpa`."""
+    if attention_mask is None:
+        return None
+    return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+
+
+AttentionInterface.register(PACKED, packed_attention)
+AttentionMaskInterface.register(PACKED, no_mask_or_sdpas)
+
+
+def use_packed_attention(model, longest: int) -> bool:
+    """Let a model read packed rows of articles of up to `longest` tokens; return whether it can.
+
+    It is tried, for a model may ignore the borders: what it says of the second of two articles must
+    be what it says of that one alone, and must not change with the first, not by a bit.
+    """
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    if window is not None and window < longest:
+        return False  # the articles of a row are attended to without one, but on CUDA
+    first, other, second = list(range(7, 19)), list(range(8, 20)), list(range(23, 30))
+    before = model.config._attn_implementation
+
+    def logits(batch, position):
+        with torch.no_grad():
+            keep = torch.tensor([position], device=model.device)
+            return model(**batch, use_cache=False, logits_to_keep=keep).logits[0, -1].float()
+
+    alone = logits({"input_ids": torch.tensor([second], device=model.device)}, len(second) - 1)
+    try:
+        model.set_attn_implementation(PACKED)
+        rows = [pack([article, second], model.device) for article in (first, other)]
+        packed = [logits(row, len(first) + len(second) - 1) for row in rows]
+        far = (packed[0] - alone).abs().max() > 0.05 * alone.abs().max()  # roundings apart
+        if torch.equal(*packed) and not far:
+            return True
+    except (ValueError, TypeError, RuntimeError, IndexError):  # not made for it
+        pass
+    model.set_attn_implementation(before)
+    return False
+
+
+def pack(articles: list[list[int]], device: torch.device) -> dict:
+    """Return the arguments of a model for the ids of articles in one packed row.
+
+    Returns:
+        `input_ids` and `position_ids`, int64 [1, length of the row], the latter beginning at 0
+        with each article; `cu_seq_lens_q` and `_k`, int32 [articles + 1]; `max_length_q` and `_k`.
+    """
+    lengths = list(map(len, articles))
+    borders = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(device)
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    return {
+        "input_ids": torch.tensor([list(itertools.chain(*articles))]).to(device),
+        "position_ids": positions[None].to(device),
+        "cu_seq_lens_q": borders,
+        "cu_seq_lens_k": borders,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }

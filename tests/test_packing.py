@@ -1,0 +1,141 @@
+"""packing.py: articles in one row do not see each other.
+
+python -m pytest tests/test_packing.py
+
+The row is compared with its articles by themselves, through plain attention.
+"""
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    OPTConfig,
+    Qwen2Config,
+)
+
+from batching import pack, pad_left
+from packing import PACKED, use_packed_attention
+from prompting import Example
+from train import title_loss
+
+CPU = torch.device("cpu")
+SIZES = {"vocab_size": 99, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
+GROUPED = SIZES | {"num_key_value_heads": 2, "intermediate_size": 48, "initializer_range": 0.2}
+MODELS = {
+    "llama": LlamaConfig(**(GROUPED | {"num_key_value_heads": 4})),
+    "llama, grouped-query heads": LlamaConfig(**GROUPED),
+    "qwen2": Qwen2Config(**GROUPED),
+    "mistral, a window longer than any article": MistralConfig(**GROUPED, sliding_window=64),
+    "gpt-neox": GPTNeoXConfig(**SIZES, intermediate_size=48, initializer_range=0.2),
+    "opt, learned positions": OPTConfig(
+        **SIZES, ffn_dim=48, word_embed_proj_dim=32, init_std=0.2, dropout=0.0
+    ),
+    "gpt2, learned positions": GPT2Config(
+        vocab_size=99,
+        n_layer=2,
+        n_head=4,
+        n_embd=32,
+        initializer_range=0.2,
+        resid_pdrop=0.0,
+        attn_pdrop=0.0,
+        embd_pdrop=0.0,
+    ),
+}
+
+
+def make(config):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+
+
+def examples():
+    rng = torch.Generator().manual_seed(1)
+    lengths = ((20, 5), (3, 1), (33, 9), (2, 2))
+    ids = [torch.randint(3, 99, (sum(pair),), generator=rng).tolist() for pair in lengths]
+    return [Example(row, prompt, False) for row, (prompt, _) in zip(ids, lengths, strict=True)]
+
+
+def loss_and_gradients(model, batches):
+    model.zero_grad()
+    total = sum(title_loss(model, batch) for batch in batches)
+    total.backward()
+    return total.item(), {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+def assert_same(found, expected):
+    assert found[0] == pytest.approx(expected[0], rel=1e-6)
+    for name, gradient in expected[1].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("mode", ["training", "evaluation", "checkpointing"])
+def test_loss_and_gradients_are_those_of_single_articles_and_of_padding(family, mode):
+    model = make(MODELS[family])
+    single = loss_and_gradients(model, [pad_left([example], CPU) for example in examples()])
+    padded = loss_and_gradients(model, [pad_left(examples(), CPU)])
+    assert use_packed_attention(model, 64)
+    assert model.config._attn_implementation == PACKED
+    model.train(mode != "evaluation")
+    if mode == "checkpointing":
+        old_name = model.gradient_checkpointing_enable
+        getattr(model, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
+    packed = loss_and_gradients(model, [pack(examples(), CPU)])
+    assert_same(packed, single)
+    assert_same(packed, padded)
+
+
+def test_without_borders_it_is_ordinary_attention():
+    model = make(MODELS["llama, grouped-query heads"])
+    ids = torch.randint(3, 99, (2, 12))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    options = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
+    before = model.generate(ids, attention_mask=mask, **options)
+    logits = model(ids, attention_mask=mask).logits
+    assert use_packed_attention(model, 64)
+    assert torch.equal(model.generate(ids, attention_mask=mask, **options), before)
+    assert torch.equal(model(ids, attention_mask=mask).logits, logits)
+
+
+def test_an_article_longer_than_the_models_window_is_no_silent_mistake():
+    model = make(MistralConfig(**GROUPED, sliding_window=16))
+    assert not use_packed_attention(model, 17)
+    assert use_packed_attention(model, 16)
+    with pytest.raises(ValueError, match="an article of 42 tokens is longer than the window of 16"):
+        title_loss(model, pack(examples(), CPU))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MambaConfig(vocab_size=99, num_hidden_layers=2, hidden_size=32, state_size=4),
+        Gemma2Config(**GROUPED, head_dim=8),  # whose soft caps sdpa does not know
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_model_that_cannot_is_found_out_and_left_as_it_was(config):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    before = model.config._attn_implementation
+    assert not use_packed_attention(model, 64)
+    assert model.config._attn_implementation == before
+    assert loss_and_gradients(model, [pad_left(examples()[:1], CPU)])[0] > 0
+
+
+def test_a_model_that_lets_articles_see_each_other_is_found_out(monkeypatch):
+    """One that loses the borders on their way to its layers."""
+    model = make(MODELS["llama"])
+    forward = model.forward
+
+    def forgetful(*args, cu_seq_lens_q=None, **kwargs):
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", forgetful)
+    assert not use_packed_attention(model, 64)
