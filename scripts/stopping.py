@@ -47,6 +47,8 @@ class StopRequest:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.handlers = {}
+        for stream in map(Unread, self.streams):  # or Python's last flush may be what fails
+            stream.flush()
         sys.stdout, sys.stderr = self.streams
 
     def listen(self) -> None:

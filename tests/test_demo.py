@@ -54,9 +54,18 @@ def test_each_system_has_titled_every_held_out_article(demo):
 def test_running_again_does_nothing_over(demo):
     folder, _ = demo
     env = os.environ | {"SETUP": "0", "DEMO": str(folder / "demo"), "RUN_DIR": str(folder / "run")}
+    adapter = folder / "run/adapter_model.safetensors"
+    before = adapter.read_bytes()
     again = subprocess.run(
         ["bash", str(ROOT / "run_train.sh")], env=env, capture_output=True, text=True
     )
-    assert again.returncode == 2
-    assert "the folder is not empty" in again.stderr
+    assert again.returncode == 0, again.stderr
     assert "the demo is there already" in again.stdout
+    assert "resuming from" in again.stdout
+    assert "loss" not in again.stderr  # as the progress bar has it after each update
+    assert adapter.read_bytes() == before
+    others = ["bash", str(ROOT / "run_train.sh"), "--learning_rate", "1e-3"]
+    refused = subprocess.run(others, env=env, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "learning_rate 0.002, now 0.001" in refused.stderr
+    assert adapter.read_bytes() == before
