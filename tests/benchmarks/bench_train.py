@@ -250,6 +250,7 @@ def run_trl(args, best: bool) -> None:
     config = SFTConfig(
         output_dir=str(output / "trl"),
         max_length=None,
+        completion_only_loss=True,  # by default for pairs of texts, but not for ids
         num_train_epochs=1,
         per_device_train_batch_size=args.per_device_train_batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
