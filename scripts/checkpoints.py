@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from exit_codes import UserError, note, writing
 from modeling import adapter_state_dict, load_adapter_weights
 from run_folder import (
+    ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     METRICS,
     RUN_CONFIG,
@@ -298,9 +299,9 @@ def save_adapter(model, state: dict, output_dir: Path) -> None:
         with writing(output_dir / ADAPTER_WEIGHTS, _num_bytes(tensors)), _safetensors_errors():
             model.save_pretrained(temporary, save_embedding_layers=False)
             # PEFT keeps the names in a set, whose order differs from one process to the next.
-            config = json.loads((temporary / "adapter_config.json").read_text(encoding="utf-8"))
+            config = json.loads((temporary / ADAPTER_CONFIG).read_text(encoding="utf-8"))
             config["target_modules"] = sorted(config["target_modules"])
-            write_json(temporary / "adapter_config.json", config)
+            write_json(temporary / ADAPTER_CONFIG, config)
             for path in temporary.iterdir():
                 flush(path)
             (temporary / "README.md").write_text(model_card(run_config), encoding="utf-8")

@@ -24,7 +24,7 @@ def choose_checkpointing(model, args, device: torch.device, longest: int) -> int
     """
     asked = args.activation_checkpointing
     if asked != "auto":
-        return {"none": 0, "full": 1}.get(asked) if not asked.isdecimal() else int(asked)
+        return int({"none": 0, "full": 1}.get(asked, asked))
     if device.type == "cuda":
         there = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     else:
