@@ -30,21 +30,30 @@ def dropout_seed(seed: int, step: int, rank: int) -> int:
 def deal(examples: list[Example], micro_batch_size: int, rank: int = 0, world_size: int = 1):
     """Return this process's micro-batches of one update, as many on every process.
 
-    Each gets its share of long and of short articles, so that none needs more memory or time than
-    it must. The gradient of an update does not depend on how it is split, but for dropout, whose
-    masks go with the micro-batches. A process that would have a micro-batch less gets one that
-    carries no loss.
+    The gradient of an update does not depend on how it is split, but for dropout, whose masks go
+    with the micro-batches. A process that would have a micro-batch less gets one that carries no
+    loss.
     """
-    by_length = sorted(examples, key=lambda example: len(example.ids), reverse=True)
-    count = math.ceil(len(by_length) / (micro_batch_size * world_size)) * world_size
+    split = split_update([len(e.ids) for e in examples], micro_batch_size, world_size)
+    # One that carries no loss, so that it waits for the others where they wait for it.
+    spare = min(examples, key=lambda example: len(example.ids))
+    nothing = [Example(spare.ids, len(spare.ids), False)]
+    return [[examples[i] for i in mine] or nothing for mine in split[rank::world_size]]
+
+
+def split_update(lengths: list[int], micro_batch_size: int, world_size: int) -> list[list[int]]:
+    """Return the micro-batches of an update, of all processes in turn, as indices of its articles.
+
+    Each gets its share of long and of short articles, so that none needs more memory or time than
+    it must.
+    """
+    by_length = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    count = math.ceil(len(lengths) / (micro_batch_size * world_size)) * world_size
     micro_batches = [[] for _ in range(count)]
-    for number, example in enumerate(by_length):
+    for number, index in enumerate(by_length):
         turn, place = divmod(number, count)  # to and fro: who got the longest gets the shortest
-        micro_batches[place if turn % 2 == 0 else count - 1 - place].append(example)
-    return [
-        mine or [Example(by_length[-1].ids, len(by_length[-1].ids), False)]
-        for mine in micro_batches[rank::world_size]
-    ]
+        micro_batches[place if turn % 2 == 0 else count - 1 - place].append(index)
+    return micro_batches
 
 
 def pack(examples: list[Example], device: torch.device) -> dict:

@@ -280,8 +280,10 @@ def give_up(accelerator, output_dir: Path, model, optimizer, state: dict) -> Non
     raise UserError(output_dir, f"the loss or gradient of {updates} is not finite", advice)
 
 
-def save_adapter(model, state: dict, output_dir: Path) -> None:
+def save_adapter(model, state: dict, peak: int, output_dir: Path) -> None:
     """Write the run's adapter: that of the best checkpoint, or the last where none was judged.
+
+    Into the run's record goes `peak`, the bytes that training took.
 
     Raises:
         UserError: the best checkpoint is damaged, or the folder cannot be written.
@@ -292,6 +294,7 @@ def save_adapter(model, state: dict, output_dir: Path) -> None:
         load_adapter_weights(model, best / ADAPTER_WEIGHTS)
     run_config = read_run_config(str(output_dir))
     run_config["adapter_step"] = state["best_step"] or state["completed_steps"]
+    run_config["memory"]["measured_peak"] = peak
     # First where nothing looks for it: under its own name, the adapter is always whole.
     temporary = output_dir / f"adapter{UNFINISHED}"
     tensors = adapter_state_dict(model)

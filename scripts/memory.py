@@ -1,97 +1,163 @@
-"""How much memory training takes: expected from shapes and lengths, and as it was."""
+"""How much memory training takes: expected before anything is loaded, and as it was.
 
-import math
+What is expected is counted: the largest micro-batch of the run goes forward and backward through
+the model with torch's fake tensors, which have shapes and no content, and what lives at a time is
+added up. That takes a second or two and no memory, for a 7B as well.
+"""
+
+import copy
 import sys
+import weakref
 
 import torch
+from peft import get_peft_model
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from modeling import decoder_linears
+from batching import pack
+from modeling import checkpoint_layers, decoder_linears, keep_input_dtype
+from packing import PACKED
+from prompting import Example
 
+WAYS = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}  # QLoRA paper, figure 1
 # Bytes per weight of NF4 with double quantization: blocks of 64, then of 256 (QLoRA, section 3).
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-ADAPTER_BYTES = 16  # per weight: itself, its gradient and two AdamW moments, all fp32
-LIBRARIES = 900 << 20  # Python and all that training and evaluation import
-# On a CPU, glibc keeps the holes that tensors of ever changing sizes leave: 60 updates on real
-# articles took 10.6 GiB, where no more than 2.6 were in use at a time.
-HOLES = 3.8
-LOGIT_BYTES = 10  # per logit: bf16 from the head, fp32 for the loss, fp32 gradient
+MOMENTS = 8  # bytes of AdamW's two, in fp32, per weight that trains
+# On a CPU what counts is the resident set: Python with its libraries, and the holes that glibc
+# leaves between tensors of ever changing sizes.
+LIBRARIES = 800 << 20
+HOLES = 2.0
 
 
-def choose_checkpointing(model, args, device: torch.device, longest: int) -> int:
-    """Return N for checkpointing every Nth layer, 0 for none: as asked for, or the least that fits.
-
-    What must fit is the expected peak, into nine tenths of the memory that nobody else has.
-    """
-    asked = args.activation_checkpointing
-    if asked != "auto":
-        return int({"none": 0, "full": 1}.get(asked, asked))
-    if device.type == "cuda":
-        there = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    else:
-        import psutil  # Accelerate's
-
-        there = psutil.virtual_memory().available
-    for every in (0, 4, 2):
-        if expected_peak_memory(model, args, device, longest, every) < 0.9 * there:
-            return every
-    return 1
-
-
-def expected_peak_memory(
-    model, args, device: torch.device, longest: int, every_n_layers: int
-) -> int:
-    """Return the bytes that a run is expected to take at its peak.
+def plan_memory(
+    base, lora_config, args, device: torch.device, micro_batch: tuple[int, int], title_loss
+) -> dict:
+    """Return which layers to checkpoint, and what training will take, for run_config.json.
 
     Args:
-        model: the base with its adapter; only its shapes are used.
+        base: `modeling.skeleton` of the base.
+        lora_config: of the run.
         args: of train.py.
-        device: on a CPU the figure is of the whole resident set, libraries included.
-        longest: tokens of the longest article with its title.
-        every_n_layers: are checkpointed; 0 for none.
+        device: where the run is going to be.
+        micro_batch: tokens, and title tokens among them, of its largest micro-batch.
+        title_loss: that of train.py.
 
-    What autograd keeps of a token in a layer, counted with saved-tensor hooks on a Llama under
-    bf16 autocast: 16 bytes per hidden unit (the norms' inputs in fp32; queries, keys, values and
-    attention's output), 6 per unit of the MLP, and of every linear layer's input what LoRA keeps.
+    Returns:
+        `checkpointed_every`: N for every Nth layer, 0 for none; as asked for, or the least with
+        which the expected peak fits into nine tenths of the memory that nobody else has.
+        `estimate`: the peak expected of each of WAYS, in bytes, None where the model does not go
+        through this; `this_run`: that of this run.
     """
-    linear = [m.get_base_layer() for m in model.modules() if hasattr(m, "lora_A")]
-    nf4 = [p for p in model.parameters() if hasattr(p, "quant_state")]
-    frozen = (
-        p for p in model.parameters() if not p.requires_grad and not hasattr(p, "quant_state")
-    )
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    weights = [layer.in_features * layer.out_features for layer in linear]
-    fixed = NF4_BYTES * sum(p.quant_state.shape.numel() for p in nf4)
-    fixed += sum(p.nbytes for p in frozen) + ADAPTER_BYTES * trainable
 
-    config = model.config.get_text_config()
-    layers, hidden = config.num_hidden_layers, config.hidden_size
-    wide = max(layer.out_features for layer in decoder_linears(model).values())
-    # A copy in bf16, and for dropout the mask: fp32 on a CPU, one byte on CUDA.
-    kept = 2 + (args.lora_dropout > 0) * (4 if device.type == "cpu" else 1)
-    per_layer = 16 * hidden + 6 * wide + kept * sum(m.in_features for m in linear) / layers
-    if args.mixed_precision == "no":
-        per_layer *= 2
-    # With checkpointing each layer's input stays, and one layer at a time is computed again.
-    checkpointed = math.ceil(layers / every_n_layers) if every_n_layers else 0
-    per_token = per_layer * (layers - checkpointed) + 2 * hidden * checkpointed
-    if every_n_layers == 1:  # else what a layer takes to be computed again was freed just before
-        per_token += per_layer
-    tokens = args.per_device_train_batch_size * longest
-    titles = args.per_device_train_batch_size * args.max_title_tokens
-    moving = per_token * tokens + LOGIT_BYTES * config.vocab_size * titles
-    if nf4:
-        moving += 4 * max(weights)  # the largest layer, dequantized for a product
-    if device.type == "cpu":
-        return int(fixed + HOLES * moving) + LIBRARIES
-    return int(fixed + moving)
+    def peak(way: str, every: int) -> int | None:
+        return expected_peak(base, lora_config, args, device, micro_batch, title_loss, way, every)
+
+    way = "qlora" if args.base_weights == "nf4" else "lora"  # dequantized, it is as large as that
+    asked = args.activation_checkpointing
+    choices = (0, 4, 2, 1) if asked == "auto" else (int({"none": 0, "full": 1}.get(asked, asked)),)
+    for every in choices:
+        found = peak(way, every)
+        if found is not None and found < 0.9 * _free_memory(device):
+            break
+    estimate = {other: found if other == way else peak(other, every) for other in WAYS}
+    record = {"device": device.type, "checkpointed_every": every}
+    return record | {"estimate": estimate, "this_run": found}
 
 
-def peak_memory(device: torch.device) -> str:
-    """Return the peak so far: allocated on the GPU, or resident where there is none."""
+def expected_peak(
+    base, lora_config, args, device, micro_batch, title_loss, way: str, every: int
+) -> int | None:
+    """Return the bytes that training in one of WAYS takes at its peak; see `plan_memory`.
+
+    On a GPU they are those allocated there; on a CPU, the whole resident set. What AdamW updates
+    is in fp32: all weights in full fine-tuning, else the adapter's.
+    """
+    largest = max(layer.weight.numel() for layer in decoder_linears(base).values())
+    for kind in dict.fromkeys((device.type, "cpu")):  # the shapes are the same on both
+        model = copy.deepcopy(base)
+        try:
+            model.set_attn_implementation(PACKED)
+            if way == "full":
+                model.float().requires_grad_(True)
+            else:
+                model = get_peft_model(model, lora_config)
+                keep_input_dtype(model)
+            checkpoint_layers(model, every)
+            in_use = _peak_in_use(model.train(), args, kind, micro_batch, title_loss)
+        except Exception:  # whatever a model does that cannot be done without content
+            continue
+        fixed = sum(p.nbytes + MOMENTS * p.requires_grad * p.numel() for p in model.parameters())
+        if way == "qlora":
+            for layer in decoder_linears(base).values():
+                fixed -= (layer.weight.itemsize - NF4_BYTES) * layer.weight.numel()
+            in_use += 2 * largest * base.dtype.itemsize  # dequantized for a product, by two steps
+        if device.type == "cpu":
+            return int(LIBRARIES + fixed + HOLES * in_use)
+        return int(fixed + in_use)
+    return None
+
+
+def _peak_in_use(model, args, kind: str, micro_batch: tuple[int, int], title_loss) -> int:
+    """Return the bytes beside the weights that live at a time, in a forward and backward pass."""
+    tokens, titles = micro_batch
+    with FakeTensorMode(allow_non_fake_inputs=True):  # those on meta, until they are moved
+        model.to_empty(device=kind)
+        batch = pack([Example([0] * tokens, tokens - titles, False)], torch.device(kind))
+        if kind == "cpu":  # attention would ask for the borders' values
+            del batch["cu_seq_lens_q"]
+        with _Count(model) as count:
+            with torch.autocast(kind, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
+                loss = title_loss(model, batch)
+            loss.backward()
+    return count.peak
+
+
+class _Count(TorchDispatchMode):
+    """Counts the bytes of all storages that come to be and are not freed, but a model's own."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.now = self.peak = 0
+        weights = [*model.parameters(), *model.buffers()]
+        self.living = {weight.untyped_storage()._cdata: 0 for weight in weights}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.living:
+                    self.living[storage._cdata] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self._freed, storage._cdata)
+        return result
+
+    def _freed(self, key: int) -> None:
+        self.now -= self.living.pop(key)
+
+
+def _free_memory(device: torch.device) -> int:
+    """Return the bytes that this process has or can have."""
     if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB on the GPU"
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    import psutil  # Accelerate's
+
+    return psutil.virtual_memory().available
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the peak so far in bytes: allocated on the GPU, or resident where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return f"{peak / 2**30:.1f} GiB resident"
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def describe_peak(device: torch.device) -> str:
+    """Return `peak_memory` in words."""
+    where = "on the GPU" if device.type == "cuda" else "resident"
+    return f"{peak_memory(device) / 2**30:.1f} GiB {where}"

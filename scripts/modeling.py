@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging
 
 from exit_codes import UserError, note
@@ -76,6 +76,23 @@ def load_base(folder: str, device: torch.device, dtype: torch.dtype, nf4: bool):
     return model.eval()
 
 
+def skeleton(folder: str, dtype: torch.dtype):
+    """Return the model of a folder as `load_base` does, but without weights, on the meta device.
+
+    Raises:
+        UserError: transformers cannot make such a model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, **OWN_FILES_ONLY)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise UserError(
+            folder, f"the model cannot be made ({first_line(error)})", "check its config.json"
+        ) from None
+    return model.requires_grad_(False)
+
+
 def decoder_linears(model) -> dict[str, torch.nn.Module]:
     """Return the linear layers but the head by name: what is 4-bit, and what LoRA may adapt."""
     head = model.get_output_embeddings()
@@ -122,6 +139,28 @@ def dequantize_base(model) -> None:
     model.is_quantized = model.is_loaded_in_4bit = False
     model.quantization_method = model.hf_quantizer = None
     del model.config.quantization_config
+
+
+def checkpoint_layers(model, every_n_layers: int) -> None:
+    """Keep of every Nth layer its input alone, and compute it again in the backward pass; 0: none.
+
+    Non-reentrant: the reentrant kind gives no gradient to LoRA below a frozen embedding.
+    """
+    if every_n_layers:
+        # Its name before transformers 5.18.
+        old_name = model.gradient_checkpointing_enable
+        enable = getattr(model, "activation_checkpointing_enable", old_name)
+        enable({"use_reentrant": False}, every_n_layers=every_n_layers)
+
+
+def keep_input_dtype(model) -> None:
+    """Keep PEFT from copying the inputs of LoRA to the adapter's fp32, once a layer.
+
+    Autocast rounds them to bf16 again, to the same bits; without it, everything is fp32.
+    """
+    for module in model.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False
 
 
 def check_targets(model, target_modules: list[str]) -> str | list[str]:

@@ -1,10 +1,16 @@
-"""What a training run is about to do, told before its first update."""
+"""What a training run is about to do, told before anything is loaded."""
 
+import copy
 import math
+from array import array
 
-from memory import expected_peak_memory, peak_memory
+from peft import get_peft_model
+
+from batching import epoch_order, split_update
+from memory import WAYS
 
 CHECKED_EXACTLY = 25_000  # rows; of larger files, lengths are told from no more than that
+PACE = 5  # updates, after a first one, from whose pace the time is told
 BASES = {
     "nf4": "in NF4 with double quantization",
     "nf4-bf16": "dequantized once from NF4 with double quantization",
@@ -15,11 +21,12 @@ BASES = {
 def measure_lengths(prompt, articles) -> dict:
     """Return counts over all rows, in tokens and rows; from evenly spaced rows of large files.
 
-    `first_title_cut` is the index of the first row measured whose title is cut, or None.
+    `row_tokens` and `row_titles` are those of each row measured; `first_title_cut` is the index of
+    the first of them whose title is cut, or None.
     """
     rows = range(0, len(articles), math.ceil(len(articles) / CHECKED_EXACTLY))
     found = {"articles_cut": 0, "titles_cut": 0, "tokens": 0, "title_tokens": 0}
-    longest, first_title_cut = 0, None
+    row_tokens, row_titles, first_title_cut = array("I"), array("I"), None
     for start in range(0, len(rows), 1000):
         indices = list(rows[start : start + 1000])
         chunk = articles[indices]
@@ -29,38 +36,58 @@ def measure_lengths(prompt, articles) -> dict:
                 first_title_cut = index
             found["articles_cut"] += example.article_cut
             found["titles_cut"] += example.title_cut
-            found["tokens"] += len(example.ids)
-            found["title_tokens"] += example.num_title_ids
-            longest = max(longest, len(example.ids))
+            row_tokens.append(len(example.ids))
+            row_titles.append(example.num_title_ids)
+    found |= {"tokens": sum(row_tokens), "title_tokens": sum(row_titles)}
     scale = len(articles) / len(rows)
     exact = len(rows) == len(articles)
     found = {name: count if exact else round(count * scale) for name, count in found.items()}
-    return found | {"longest": longest, "first_title_cut": first_title_cut, "exact": exact}
+    found |= {"row_tokens": row_tokens, "row_titles": row_titles}
+    return found | {"first_title_cut": first_title_cut, "exact": exact}
+
+
+def largest_micro_batch(lengths: dict, args, num_processes: int, updates: int) -> tuple[int, int]:
+    """Return the tokens, and title tokens among them, of the run's largest micro-batch.
+
+    It is found by dealing out the rows of `measure_lengths` as training will. (Of a large file
+    they are a part, from which as many updates are made as there are rows for.)
+    """
+    tokens, titles = lengths["row_tokens"], lengths["row_titles"]
+    size = args.per_device_train_batch_size
+    update_size = size * args.gradient_accumulation_steps * num_processes
+    updates_per_epoch = math.ceil(len(tokens) / update_size)
+    largest = (0, 0)
+    for step in range(min(updates, updates_per_epoch * args.num_train_epochs)):
+        epoch, update = divmod(step, updates_per_epoch)
+        order = epoch_order(len(tokens), args.seed, epoch)
+        rows = order[update * update_size : (update + 1) * update_size].tolist()
+        for mine in split_update([tokens[row] for row in rows], size, num_processes):
+            mine = [rows[index] for index in mine]
+            found = sum(tokens[row] for row in mine), sum(titles[row] for row in mine)
+            largest = max(largest, found)
+    return largest
 
 
 def describe_plan(
-    args,
-    accelerator,
-    model,
-    prompt,
-    checked,
-    lengths,
-    every_n_layers,
-    updates,
-    updates_per_epoch,
-    warmup,
+    args, accelerator, base, lora_config, prompt, checked, lengths, schedule, memory
 ) -> str:
-    """Return the lines that are printed before the first update."""
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(_num_weights(p) for p in model.parameters() if not p.requires_grad)
+    """Return the lines that are printed before anything is loaded.
+
+    Args:
+        base: `modeling.skeleton` of the base.
+        checked: by split, what `check_articles` returned.
+        lengths: of `measure_lengths`, for the training articles.
+        schedule: the numbers of updates, of updates per epoch, and of those to warm up.
+        memory: of `plan_memory`.
+    """
+    trainable, parameters = get_peft_model(
+        copy.deepcopy(base), lora_config
+    ).get_nb_trainable_parameters()
     about = "" if lengths["exact"] else "about "
     validation = checked["validation"].rows if "validation" in checked else 0
     processes, device = accelerator.num_processes, accelerator.device
     batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    peak = expected_peak_memory(model, args, device, lengths["longest"], every_n_layers)
-    layers = {0: "off", 1: "of every layer"}.get(
-        every_n_layers, f"of every {every_n_layers} layers"
-    )
+    updates, updates_per_epoch, warmup = schedule
     lines = {
         "articles": f"{checked['train'].rows:,} rows for training, {validation:,} for validation; "
         f"{about}{lengths['articles_cut']:,} training articles are cut to "
@@ -71,20 +98,47 @@ def describe_plan(
         "updates": f"{updates:,} of {batch * accumulation * processes:,} articles ({batch} per "
         f"device x {accumulation} accumulated x {processes} processes), {updates_per_epoch:,} per "
         f"epoch, {warmup:,} to warm up",
-        "model": f"{trainable:,} of {trainable + frozen:,} parameters train "
-        f"({trainable / (trainable + frozen):.2%}); base {BASES[args.base_weights]}",
+        "model": f"{trainable:,} of {parameters:,} parameters train "
+        f"({trainable / parameters:.2%}); base {BASES[args.base_weights]}",
         "precision": ("bf16 autocast" if args.mixed_precision == "bf16" else "fp32")
         + f", adapter in fp32, on {device.type}",
         "optimizer": "PagedAdamW32bit, "
         + ("paged" if device.type == "cuda" else "unpaged: there is no GPU to page from"),
-        "memory": f"about {peak / 2**30:.1f} GiB expected at the peak, activation checkpointing "
-        + layers
-        + (f"; {peak_memory(device)} after loading" if device.type == "cuda" else ""),
+        "memory": _describe_memory(memory),
     }
     return "\n".join(f"{name:10} {text}" for name, text in lines.items())
 
 
-def _num_weights(parameter) -> int:
-    """Return the number of weights of a parameter (in 4-bit storage, two share a byte)."""
-    state = getattr(parameter, "quant_state", None)
-    return math.prod(state.shape) if state is not None else parameter.numel()
+def _describe_memory(memory: dict) -> str:
+    if memory["this_run"] is None:
+        return "no peak to tell: this model does not go through without weights"
+    every = memory["checkpointed_every"]
+    layers = {0: "off", 1: "of every layer"}.get(every, f"of every {every} layers")
+    ways = (f"{WAYS[way]} {_gib(peak)}" for way, peak in memory["estimate"].items())
+    return (
+        f"about {_gib(memory['this_run'])} expected at the peak, activation checkpointing {layers} "
+        f"({', '.join(ways)})"
+    )
+
+
+def _gib(size: int | None) -> str:
+    return "not known" if size is None else f"{size / 2**30:.1f} GiB"
+
+
+def describe_time(recent, lengths: dict, step: int, schedule) -> str:
+    """Return how long the updates after `step` will take at the pace of the recent ones.
+
+    Args:
+        recent: their rows for metrics.jsonl.
+        lengths, schedule: as in `describe_plan`.
+    """
+    updates, updates_per_epoch, _ = schedule
+    pace = sum(row["tokens"] for row in recent) / sum(row["seconds"] for row in recent)
+    # By tokens, for articles differ; an epoch that is left early has its share of them.
+    tokens = lengths["tokens"] * (updates - step) / updates_per_epoch
+    minutes = round(tokens / pace / 60)
+    hours = f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{tokens / pace:.0f} s"
+    return (
+        f"{'time':10} about {hours} for the {updates - step:,} updates to come, evaluations apart "
+        f"({pace:,.0f} tokens/s in the last {len(recent)})"
+    )

@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import time
+from collections import deque
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -158,10 +159,17 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop):
         save_checkpoint,
         set_later_ones_aside,
     )
-    from memory import choose_checkpointing, peak_memory
-    from modeling import check_targets, dequantize_base, load_base
+    from memory import describe_peak, peak_memory, plan_memory
+    from modeling import (
+        check_targets,
+        checkpoint_layers,
+        dequantize_base,
+        keep_input_dtype,
+        load_base,
+        skeleton,
+    )
     from packing import use_packed_attention
-    from plan import describe_plan, measure_lengths
+    from plan import PACE, describe_plan, describe_time, largest_micro_batch, measure_lengths
 
     # ------------------------------------------------------------------ accelerator and seed
     # The update is spelled out below. Accelerate must not count micro-batches of its own, which
@@ -174,7 +182,6 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop):
         project_dir=output_dir / "trackers",
     )
     torch.backends.cuda.matmul.fp32_precision = "tf32"  # for what stays in fp32
-    set_seed(args.seed)  # the same on every process, so that LoRA begins alike everywhere
 
     # ------------------------------------------------------------------ articles
     train_articles = open_articles(args.train_file, columns)
@@ -191,10 +198,32 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop):
     run_config["hygiene"] = {split: survey.counts for split, survey in surveys.items()}
     checkpoint = find_checkpoint(args, run_config)
 
+    # ------------------------------------------------------------------ plan
+    updates_per_epoch = math.ceil(len(train_articles) / update_size)  # the tail is an update too
+    num_training_steps = updates_per_epoch * args.num_train_epochs
+    num_training_steps = min(num_training_steps, args.max_train_steps or num_training_steps)
+    num_warmup_steps = math.ceil(args.warmup_ratio * num_training_steps)
+    schedule = (num_training_steps, updates_per_epoch, num_warmup_steps)
+    dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
+    base = skeleton(str(base_folder), dtype)
+    lora_config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=check_targets(base, args.target_modules),
+    )
+    micro_batch = largest_micro_batch(lengths, args, accelerator.num_processes, num_training_steps)
+    memory = plan_memory(base, lora_config, args, accelerator.device, micro_batch, title_loss)
+    run_config["memory"] = memory
+    plan = describe_plan(
+        args, accelerator, base, lora_config, prompt, checked, lengths, schedule, memory
+    )
+    accelerator.print(plan, flush=True)
+
     # ------------------------------------------------------------------ 4-bit base
     # NF4 with double quantization, multiplied in bf16: asked for by `nf4_config` in modeling.py,
     # which infer.py shares, and checked there on every loaded layer.
-    dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
     nf4 = args.base_weights != "bf16"
     base = load_base(str(base_folder), accelerator.device, dtype, nf4)
     if args.base_weights == "nf4-bf16":
@@ -206,29 +235,14 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop):
     # ------------------------------------------------------------------ LoRA
     # Embeddings, norms and head stay in bf16 (prepare_model_for_kbit_training would copy them to
     # fp32, at twice the memory). The adapter is fp32, for it is what AdamW updates.
-    lora_config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=args.lora_r,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        target_modules=check_targets(base, args.target_modules),
-    )
+    set_seed(args.seed)  # the same on every process, so that LoRA begins alike everywhere
     model = get_peft_model(base, lora_config)
+    keep_input_dtype(model)
+    checkpoint_layers(base, memory["checkpointed_every"])
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    every_n_layers = choose_checkpointing(model, args, accelerator.device, lengths["longest"])
-    if every_n_layers:
-        # Non-reentrant: the reentrant kind gives no gradient to LoRA below a frozen embedding.
-        # (The name before transformers 5.18 was gradient_checkpointing_enable.)
-        old_name = base.gradient_checkpointing_enable
-        enable = getattr(base, "activation_checkpointing_enable", old_name)
-        enable({"use_reentrant": False}, every_n_layers=every_n_layers)
 
     # ------------------------------------------------------------------ optimizer and schedule
     paged_adamw = PagedAdamW32bit(trainable, lr=args.learning_rate, weight_decay=0.0)
-    updates_per_epoch = math.ceil(len(train_articles) / update_size)  # the tail is an update too
-    num_training_steps = updates_per_epoch * args.num_train_epochs
-    num_training_steps = min(num_training_steps, args.max_train_steps or num_training_steps)
-    num_warmup_steps = math.ceil(args.warmup_ratio * num_training_steps)
 
     # ------------------------------------------------------------------ prepare
     state = first_state()
@@ -243,19 +257,8 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop):
     )
     on_main_process(accelerator, write_run, output_dir, run_config, prompt.tokenizer, state)
     accelerator.init_trackers("manchette", {k: str(v) for k, v in vars(args).items()})
-    plan = describe_plan(
-        args,
-        accelerator,
-        unwrapped,
-        prompt,
-        checked,
-        lengths,
-        every_n_layers,
-        num_training_steps,
-        updates_per_epoch,
-        num_warmup_steps,
-    )
-    accelerator.print(plan, flush=True)
+    if accelerator.device.type == "cuda":
+        accelerator.print(f"{'loaded':10} {describe_peak(accelerator.device)}")
 
     # ------------------------------------------------------------------ train
     def milestone(step: int) -> bool:
@@ -277,11 +280,13 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop):
     stop.listen()  # from here on there is something to lose
     model.train()
     progress_bar = tqdm(total=num_training_steps, initial=state["completed_steps"], unit="update")
+    recent = deque(maxlen=PACE)
     stopping = False
     if state["evaluated_steps"] < state["completed_steps"] and milestone(state["completed_steps"]):
         # The run was stopped before or in it. Were it to stop for its time again, it never got on.
         stopping = not evaluate_and_record(stop.asked_by_others)
-    for step in range(state["completed_steps"], num_training_steps):
+    first_step = state["completed_steps"]
+    for step in range(first_step, num_training_steps):
         if stopping:
             break
         start_time = time.perf_counter()
@@ -341,6 +346,9 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop):
             f"{metrics['tokens'] / metrics['seconds']:,.0f} tokens/s"
         )
         progress_bar.update()
+        recent.append(metrics)
+        if step == first_step + PACE:  # the first one is a warm-up
+            accelerator.print(describe_time(recent, lengths, step + 1, schedule))
         state["completed_steps"] = step + 1
         state["skipped_in_a_row"] = 0 if finite else state["skipped_in_a_row"] + 1
         if not finite:
@@ -359,7 +367,8 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop):
 
     # ------------------------------------------------------------------ save
     if not stopping:
-        on_main_process(accelerator, save_adapter, unwrapped, state, output_dir)
+        peak = peak_memory(accelerator.device)
+        on_main_process(accelerator, save_adapter, unwrapped, state, peak, output_dir)
     # Gloo's threads let go of a broadcast's tensors while this waits. They need Python's lock for
     # it, and would wait for ever once the group is taken down by a thread that has the lock.
     accelerator.wait_for_everyone()
@@ -373,7 +382,7 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop):
 
     accelerator.print(
         f"done: {output_dir}; {state['skipped_steps']:,} updates skipped, peak memory "
-        f"{peak_memory(accelerator.device)}"
+        f"{describe_peak(accelerator.device)}"
     )
     return None
 

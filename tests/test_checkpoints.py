@@ -427,7 +427,7 @@ def test_a_damaged_best_checkpoint_is_no_longer_the_best(parts, tmp_path, capsys
     assert (state["best_step"], state["best_value"]) == (None, None)
     assert "it was the best, which is chosen anew from here on" in capsys.readouterr().out
     with pytest.raises(UserError, match="damaged checkpoint"):
-        checkpoints.save_adapter(model, STATE | {"best_step": 3}, tmp_path)
+        checkpoints.save_adapter(model, STATE | {"best_step": 3}, 1, tmp_path)
 
 
 def test_an_evaluation_is_recorded_in_the_checkpoint(parts, tmp_path):
@@ -501,13 +501,13 @@ def test_an_adapter_is_whole_or_not_there(parts, tmp_path, file_size_limit):
     model, _, _ = parts
     names = ("lora_r", "lora_alpha", "lora_dropout", "learning_rate", "warmup_ratio")
     names += ("max_grad_norm", "num_train_epochs", "max_length", "seed")
-    write_json(tmp_path / RUN_CONFIG, RECORD | {"arguments": dict.fromkeys(names, 1)})
+    write_json(tmp_path / RUN_CONFIG, RECORD | {"arguments": dict.fromkeys(names, 1), "memory": {}})
     file_size_limit(20_000)
     with pytest.raises(UserError, match=r"adapter_model.safetensors: cannot be written \(.*bytes"):
-        checkpoints.save_adapter(model, STATE, tmp_path)
+        checkpoints.save_adapter(model, STATE, 1, tmp_path)
     file_size_limit(-1)
     assert [path.name for path in tmp_path.iterdir()] == [RUN_CONFIG]
-    checkpoints.save_adapter(model, STATE, tmp_path)
+    checkpoints.save_adapter(model, STATE, 1, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
         RUN_CONFIG,
         "README.md",

@@ -1,16 +1,14 @@
-"""plan.py, memory.py: what is said before the first update. Run: pytest tests/test_plan.py"""
+"""plan.py: what is said before anything is loaded. Run: pytest tests/test_plan.py"""
 
 import argparse
+from array import array
 
 import pytest
-import torch
-from conftest import byte_level_tokenizer, french_rows, save_tiny_model
+from conftest import byte_level_tokenizer, french_rows
 
-import memory
 import plan
-from prompting import Prompt
-
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+from batching import deal, epoch_order
+from prompting import Example, Prompt
 
 
 class Rows:
@@ -36,7 +34,8 @@ def test_lengths_are_counted_exactly():
         "titles_cut": sum(example.title_cut for example in examples),
         "tokens": sum(len(example.ids) for example in examples),
         "title_tokens": sum(example.num_title_ids for example in examples),
-        "longest": max(len(example.ids) for example in examples),
+        "row_tokens": array("I", [len(example.ids) for example in examples]),
+        "row_titles": array("I", [example.num_title_ids for example in examples]),
         "first_title_cut": next(i for i, example in enumerate(examples) if example.title_cut),
         "exact": True,
     }
@@ -58,100 +57,37 @@ def test_of_a_large_file_evenly_spaced_rows_are_counted(monkeypatch):
 
 
 def arguments(**changes):
-    values = {"lora_dropout": 0.0, "mixed_precision": "bf16", "activation_checkpointing": "auto"}
-    values |= {"per_device_train_batch_size": 4, "max_title_tokens": 64} | changes
-    return argparse.Namespace(**values)
+    values = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
+    return argparse.Namespace(**values | {"num_train_epochs": 2, "seed": 7} | changes)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """Wide and deep enough for what autograd keeps of its layers to count."""
-    from peft import LoraConfig, get_peft_model
-
-    from modeling import load_base
-    from packing import use_packed_attention
-
-    shape = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4}
-    folder = save_tiny_model(tmp_path_factory.mktemp("wide"), byte_level_tokenizer(), **shape)
-    base = load_base(str(folder), CPU, torch.bfloat16, nf4=True)
-    assert use_packed_attention(base, 512)
-    config = LoraConfig(task_type="CAUSAL_LM", r=16, lora_dropout=0.1, target_modules="all-linear")
-    return get_peft_model(base, config).train()
-
-
-def saved_bytes(model, length) -> int:
-    """Return the bytes that autograd keeps of a training forward of 4 rows, weights left out."""
-    from batching import pack
-    from prompting import Example
-    from train import title_loss
-
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    seen = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    examples = [Example([5] * length, length - 64, False) for _ in range(4)]
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with hooks, torch.autocast("cpu", torch.bfloat16):
-        title_loss(model, pack(examples, CPU))
-    return sum(seen.values())
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("updates", [1, 5, 1000])
+def test_the_largest_micro_batch_is_one_of_those_to_come(world_size, updates):
+    """Dealt out here as train.py does it, of every process, until the last update."""
+    tokens = array("I", [20 + 13 * row % 97 for row in range(50)])
+    titles = array("I", [1 + row % 11 for row in range(50)])
+    lengths = {"row_tokens": tokens, "row_titles": titles}
+    examples = [Example([0] * t, t - n, False) for t, n in zip(tokens, titles, strict=True)]
+    size, found = 3 * 2 * world_size, []
+    for step in range(min(updates, 2 * -(-50 // size))):
+        epoch, update = divmod(step, -(-50 // size))
+        rows = epoch_order(50, 7, epoch)[update * size : (update + 1) * size].tolist()
+        for rank in range(world_size):
+            for micro_batch in deal([examples[row] for row in rows], 3, rank, world_size):
+                sums = (
+                    sum(len(e.ids) for e in micro_batch),
+                    sum(e.num_title_ids for e in micro_batch),
+                )
+                found.append(sums)
+    assert plan.largest_micro_batch(lengths, arguments(), world_size, updates) == max(found)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_what_a_token_takes_is_what_autograd_keeps(model, dropout):
-    """Two lengths, so that all that does not grow with the tokens drops out of the difference."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = dropout
-    for layer in model.modules():
-        if hasattr(layer, "lora_dropout"):
-            for name in layer.lora_dropout:
-                kind = torch.nn.Dropout(dropout) if dropout else torch.nn.Identity()
-                layer.lora_dropout[name] = kind
-    counted = (saved_bytes(model, 512) - saved_bytes(model, 256)) / (4 * 256)
-    args = arguments(lora_dropout=dropout)
-    expected = [memory.expected_peak_memory(model, args, CPU, n, 0) for n in (256, 512)]
-    per_token = (expected[1] - expected[0]) / memory.HOLES / (4 * 256)
-    assert per_token == pytest.approx(counted, rel=0.1)
-
-
-def test_the_expected_peak_grows_with_what_it_should(model):
-    def expected(device=CUDA, longest=512, every=0, **changes):
-        return memory.expected_peak_memory(model, arguments(**changes), device, longest, every)
-
-    assert expected(every=1) < expected(every=2) < expected(every=4) < expected()
-    assert expected() < expected(lora_dropout=0.1)
-    assert expected() < expected(longest=1024)
-    assert expected() < expected(per_device_train_batch_size=8)
-    assert expected() < expected(mixed_precision="no")
-    assert expected() < expected(device=CPU)
-
-
-def test_peak_memory_is_what_this_process_took():
-    import re
-
-    before = float(re.fullmatch(r"([\d.]+) GiB resident", memory.peak_memory(CPU))[1])
-    block = bytearray(int((before + 0.5) * 2**30))
-    block[:: 1 << 12] = bytes([1]) * len(block[:: 1 << 12])
-    after = float(memory.peak_memory(CPU).split()[0])
-    assert after - before > 0.3
-
-
-@pytest.mark.parametrize(("asked", "every"), [("none", 0), ("full", 1), ("3", 3)])
-def test_checkpointing_is_as_asked_for(model, asked, every):
-    args = arguments(activation_checkpointing=asked)
-    assert memory.choose_checkpointing(model, args, CPU, 512) == every
-
-
-@pytest.mark.parametrize("every", [0, 4, 2, 1])
-def test_checkpointing_is_the_least_that_fits(model, every, monkeypatch):
-    import psutil
-
-    needed = memory.expected_peak_memory(model, arguments(), CPU, 512, every)
-    there = argparse.Namespace(available=1.01 * needed / 0.9 if every != 1 else 0)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: there)
-    assert memory.choose_checkpointing(model, arguments(), CPU, 512) == every
+def test_the_time_to_come_goes_by_tokens():
+    """100 tokens a second, 5,000 an epoch of 10 updates, 14 of 20 still to come: 7,000 tokens."""
+    recent = [{"tokens": 150, "seconds": 1.0}, {"tokens": 50, "seconds": 1.0}]
+    told = plan.describe_time(recent, {"tokens": 5000}, 6, (20, 10, 1))
+    assert "about 70 s for the 14 updates to come" in told
+    assert "(100 tokens/s in the last 2)" in told
+    told = plan.describe_time(recent, {"tokens": 5_000_000}, 6, (20, 10, 1))
+    assert "about 19 h 27 min for" in told

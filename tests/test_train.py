@@ -628,8 +628,36 @@ def test_plan_says_what_is_about_to_happen(tiny_model, news, tmp_path, capsys):
     assert "1 of 8 articles (4 per device x 2 accumulated x 1 processes), 3 per epoch" in plan
     assert "PagedAdamW32bit, unpaged: there is no GPU to page from" in plan
     assert re.search(r"[\d,]+ of [\d,]+ parameters train", plan)
-    assert re.search(r"about [\d.]+ GiB expected at the peak", plan)
+    gib = r"[\d.]+ GiB"
+    memory = (
+        rf"about {gib} expected at the peak, .* \(full fine-tuning {gib}, LoRA {gib}, QLoRA {gib}"
+    )
+    assert re.search(memory, plan)
     assert "bf16 autocast" in plan
+
+
+def test_the_plan_comes_before_anything_is_loaded(tiny_model, news, tmp_path, capsys, monkeypatch):
+    def load(*_):
+        raise UserError("base", "not now", "wait")
+
+    monkeypatch.setattr("modeling.load_base", load)
+    with pytest.raises(UserError):
+        call(train.main, *train_args(tiny_model, news, tmp_path / "run"))
+    assert "GiB expected at the peak" in capsys.readouterr().out
+
+
+def test_the_time_to_come_is_told_after_six_updates(tiny_model, news, tmp_path, capsys):
+    more = ("--per_device_train_batch_size", "1", "--num_train_epochs", "1")
+    call(train.main, *train_args(tiny_model, news, tmp_path / "run", *more))
+    told = re.findall(r"about \d+ s for the (\d+) updates to come", capsys.readouterr().out)
+    assert told == [str(11 - 6)]
+
+
+def test_the_record_has_the_memory_that_was_expected_and_taken(trained):
+    memory = json.loads((trained / "run_config.json").read_text())["memory"]
+    assert memory["device"] == "cpu"
+    assert memory["this_run"] == memory["estimate"]["qlora"]
+    assert memory["measured_peak"] > 2**28
 
 
 def test_plan_counts_equal_what_an_epoch_trains_on(trained, tiny_model, news, tmp_path, capsys):
