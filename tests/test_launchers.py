@@ -27,6 +27,8 @@ FAKE_ACCELERATE = """#!/usr/bin/env python3
 import json, os, sys
 with open(os.environ["CALLS"], "a") as stream:
     stream.write(json.dumps(sys.argv[1:]) + "\\n")
+if file := os.environ.get("TUNABLES_FILE"):
+    open(file, "w").write(os.environ.get("GLIBC_TUNABLES", "none"))
 calls = sum(1 for _ in open(os.environ["CALLS"]))
 if calls == int(os.environ.get("AT_CALL", 1)):
     if code := os.environ.get("FAIL_WITH"):
@@ -73,6 +75,20 @@ def launch(tmp_path):
         return launched, python_calls.read_text().splitlines()
 
     return run
+
+
+@pytest.mark.parametrize(
+    ("config", "env", "expected"),
+    [
+        ("cpu", {}, "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"),
+        ("cpu", {"GLIBC_TUNABLES": ""}, ""),
+        ("single_gpu", {}, "none"),
+    ],
+)
+def test_on_a_cpu_freed_memory_is_used_again(launch, tmp_path, config, env, expected):
+    env = {"ACCELERATE_CONFIG": f"accelerate_configs/{config}.yaml"} | env
+    launch("run_train.sh", TUNABLES_FILE=str(tmp_path / "tunables"), **env)
+    assert (tmp_path / "tunables").read_text() == expected
 
 
 def parsed(argv, script):
