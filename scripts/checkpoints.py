@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from exit_codes import UserError, note, writing
+from model_card import CARD, model_card
 from modeling import adapter_state_dict, load_adapter_weights
 from run_folder import (
     ADAPTER_CONFIG,
@@ -25,7 +26,6 @@ from run_folder import (
     check_output_dir,
     file_sha256,
     flush,
-    model_card,
     read_run_config,
     write_json,
 )
@@ -304,7 +304,7 @@ def save_adapter(model, state: dict, output_dir: Path) -> None:
             write_json(temporary / ADAPTER_CONFIG, config)
             for path in temporary.iterdir():
                 flush(path)
-            (temporary / "README.md").write_text(model_card(run_config), encoding="utf-8")
+            (temporary / CARD).write_text(model_card(run_config), encoding="utf-8")
             write_json(output_dir / RUN_CONFIG, run_config)
             for path in sorted(temporary.iterdir(), key=lambda path: path.name == ADAPTER_WEIGHTS):
                 os.replace(path, output_dir / path.name)  # the weights last: then all is there

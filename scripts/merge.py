@@ -17,6 +17,7 @@ from pathlib import Path
 
 from articles import Columns, check_articles, iterate_articles
 from exit_codes import UserError, run
+from model_card import CARD, model_card
 from prompting import PROBE, end_ids, load_tokenizer, prompt_of_run
 from run_folder import (
     ADAPTER_CONFIG,
@@ -28,7 +29,6 @@ from run_folder import (
     check_model_folder,
     check_output_dir,
     file_sha256,
-    model_card,
     note_override,
     read_run_config,
     resolve_model_folder,
@@ -134,7 +134,7 @@ def main(argv=None):
                 f"{check['same_next_token']:.1%} of {check['positions']:,} positions"
             )
         write_json(temporary / RUN_CONFIG, run_config)
-        (temporary / "README.md").write_text(model_card(run_config), encoding="utf-8")
+        (temporary / CARD).write_text(model_card(run_config), encoding="utf-8")
         os.rename(temporary, output_dir)  # which was checked to be empty, if it is there
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -13,14 +13,13 @@ import json
 import math
 import os
 import platform
-import re
 import subprocess
 import sys
 from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from exit_codes import UserError, is_first_process, note, printable, writing
+from exit_codes import UserError, is_first_process, note, writing
 
 RUN_CONFIG = "run_config.json"
 METRICS = "metrics.jsonl"
@@ -35,7 +34,6 @@ PROMPT_SETTINGS |= {"max_length": int, "max_title_tokens": int}
 # that a model brings, and takes a "y" that was meant for something else.
 OWN_FILES_ONLY = {"trust_remote_code": False, "local_files_only": True}
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
-PLAIN_NAME = re.compile(r"[A-Za-z0-9_./][A-Za-z0-9_./-]*")  # that needs no quotes in YAML
 SAMPLED_BYTES = 1 << 20  # of each weight file that go into its fingerprint
 # With this package, bitsandbytes at its import, and transformers for a config.json that asks for
 # it, fetch compiled code from the Hub and run it. None makes both believe that there is none.
@@ -277,6 +275,24 @@ def _still_true(line: str, state: dict) -> bool:
         return False
 
 
+def read_metrics(run_dir: str) -> list[dict]:
+    """Return the rows of metrics.jsonl whose values are numbers or null; none of a merged folder.
+
+    A row that is torn or damaged is left out, for what is left can be shown all the same.
+    """
+    file, rows = Path(run_dir, METRICS), []
+    if not file.is_file():
+        return rows
+    with file.open(encoding="utf-8", errors="replace") as stream:
+        for line in stream:
+            with suppress(ValueError, RecursionError):
+                row = json.loads(line, parse_constant=lambda _: None)
+                plain = isinstance(row, dict) and type(row.get("step")) is int
+                if plain and all(isinstance(v, int | float | None) for v in row.values()):
+                    rows.append(row)
+    return rows
+
+
 def log_metrics(accelerator, output_dir: Path, metrics: dict) -> None:
     """Append a row to metrics.jsonl and hand it to the trackers, on the main process."""
     if accelerator.is_main_process:
@@ -348,60 +364,6 @@ def _lock(file: Path, what: str) -> int:
                 os.write(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode())
                 return descriptor
         os.close(descriptor)
-
-
-def model_card(run_config: dict) -> str:
-    """Return the README of a run or merged folder.
-
-    A merge writes it from the record of a run folder that somebody else may have made: no value
-    of it gets to be YAML, Markdown or HTML.
-    """
-    arguments, merged = run_config["arguments"], run_config["kind"] == "merged"
-    names = ("lora_r", "lora_alpha", "lora_dropout", "learning_rate", "warmup_ratio")
-    names += ("max_grad_norm", "num_train_epochs", "max_length", "seed")
-    rows = "\n".join(f"| {name} | {_quoted(arguments[name])} |" for name in names)
-    splits = run_config["data"].items()
-    data = "\n".join(f"- {_quoted(split)}: {file['rows']:,} rows" for split, file in splits)
-    base = printable(run_config["base_model"])
-    template, step = run_config["prompt"]["template"], _quoted(run_config["adapter_step"])
-    fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", template)), 0)
-    return f"""---
-base_model: {base if PLAIN_NAME.fullmatch(base) else json.dumps(base, ensure_ascii=False)}
-language: fr
-library_name: {"transformers" if merged else "peft"}
-pipeline_tag: text-generation
----
-
-# Titles for French news articles
-
-{"A model with its LoRA adapter merged in" if merged else "A LoRA adapter"}, trained with QLoRA on
-top of {_quoted(base, code=True)} (fingerprint {_quoted(run_config["base_fingerprint"])}).
-
-## Prompt
-
-{fence}
-{template}
-{fence}
-
-## Data
-
-{data}
-
-## Training
-
-| setting | value |
-|--|--|
-| articles per update | {_quoted(run_config["articles_per_update"])} |
-{rows}
-
-After update {step}; all else is in `{RUN_CONFIG}` and `metrics.jsonl`.
-"""
-
-
-def _quoted(value, code: bool = False) -> str:
-    """Return a value for a line of Markdown: plain words as they are, all else as code."""
-    text = printable(str(value)).replace("`", "'").replace("|", "¦")  # these would end a code span
-    return text if not code and PLAIN_NAME.fullmatch(text.replace(" ", "_")) else f"`{text}`"
 
 
 def resolve_model_folder(name: str) -> Path:

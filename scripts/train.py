@@ -402,7 +402,7 @@ def evaluate(accelerator, model, make_batch, prompt, articles, args, state, stop
 
     from batching import deal
     from infer import generate_titles
-    from score import score_titles
+    from title_figures import rouge_means
 
     rank, world_size = accelerator.process_index, accelerator.num_processes
     unwrapped = accelerator.unwrap_model(model).eval()
@@ -439,8 +439,7 @@ def evaluate(accelerator, model, make_batch, prompt, articles, args, state, stop
     figures = {"eval_loss": loss_sum / num_tokens}
     if titles := gather_object(titles):
         predictions, references = zip(*titles, strict=True)
-        rouge = score_titles(predictions, references, language=False)["rouge"]
-        figures["eval_rougeL"] = rouge["default"]["rougeL"]
+        figures["eval_rougeL"] = rouge_means(predictions, references)["default"]["rougeL"]
         for prediction, reference in titles[:3]:
             shown = f"\n  written: {printable(prediction)}\n  true:    {printable(reference)}"
             accelerator.print(shown)

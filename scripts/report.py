@@ -1,0 +1,546 @@
+"""The report of score.py: one HTML file with tables, plots and a list of titles to look through.
+
+It asks for nothing from elsewhere and obeys nothing that stands in the data: all text is escaped
+here, or put in place as text by the script of report.html, the only one that its policy lets run.
+"""
+
+import base64
+import hashlib
+import html
+import json
+import os
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from exit_codes import printable, writing
+
+TEMPLATE = Path(__file__).with_name("report.html")
+ARTICLE_CHARACTERS, TITLE_CHARACTERS = 6_000, 1_000  # that are embedded of each
+CURVE_POINTS = 400  # of a loss curve; more updates are averaged
+WIDTH = 400  # of a plot, in the pixels of a phone; a page that has room shows it larger
+FLAG_NAMES = {
+    "empty": "empty",
+    "repeated": "twice",
+    "looping": "loop",
+    "cut": "cut",
+    "numbers": "number",
+    "names": "name",
+    "quotations": "quote",
+}
+FLAG_MEANINGS = {
+    "empty": "nothing but spaces",
+    "repeated": "the same title, whatever its capitals, for another article as well",
+    "looping": "three words in a row that come three times or more",
+    "cut": "stopped by the limit of its length, by infer.py's own notes; - where there are none",
+    "numbers": "a number, in figures or in words, that the article has in neither",
+    "names": "a word with a capital, not only for its place, that the article has in no form",
+    "quotations": "words between quotation marks that the article does not have one after another",
+}
+TRUE = "true titles"
+
+
+def write_report(path: Path, scores: dict, runs: dict, figures=None, sample=None) -> None:
+    """Write the report under a temporary name and rename it.
+
+    Args:
+        path: of the HTML file.
+        scores: as score.py writes them; empty for a report of runs only.
+        runs: by folder, the record of a run and the rows of its metrics.jsonl.
+        figures: by system, with None for the true titles, `title_figures.Figures`.
+        sample: what of the articles is listed: `rows`, and by row `ids`, `texts` and `titles`.
+    """
+    parts = [masthead(scores, runs)]
+    if scores:
+        parts += [score_section(scores), plots(scores, figures), title_section(scores)]
+    parts += [run_section(f"run-{n}", folder, *runs[folder]) for n, folder in enumerate(runs)]
+    if scores:
+        parts += [browser(scores, sample), notes(scores)]
+    data = payload(scores, figures, sample) if scores else {}
+    # Text in a script element ends at "</script", and may not hold "<!--".
+    data = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    template = TEMPLATE.read_text(encoding="utf-8")
+    # The policy names the style and the script by their hashes: no other gets to run.
+    hashes = {
+        f"{kind.upper()}_HASH": _sha256(re.search(rf"<{kind}>(.*?)</{kind}>", template, re.S)[1])
+        for kind in ("style", "script")
+    }
+    values = hashes | {"TITLE": "Manchette: report", "BODY": "\n".join(parts), "DATA": data}
+    page = re.sub(r"%%([A-Z_]+)%%", lambda match: values[match[1]], template)
+    temporary = path.with_name(f"{path.name}.tmp")
+    with writing(path, len(page)):
+        temporary.unlink(missing_ok=True)  # were it a link, what it names would be overwritten
+        temporary.write_text(page, encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def _sha256(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def text(value) -> str:
+    """Return a value as text of HTML, or of one of its attributes."""
+    return html.escape(printable(str(value)))
+
+
+# --- Tables --------------------------------------------------------------------------------------
+
+
+def masthead(scores: dict, runs: dict) -> str:
+    if scores:
+        count, systems = scores["rows"], len(scores["predictions"])
+        headline = f"Titles for {count:,} articles, by {systems} system{'s' * (systems != 1)}"
+        against = scores.get("references", scores.get("articles"))["path"]
+        deck = f"{'Scored against' if 'references' in scores else 'Beside'} {text(against)}."
+    else:
+        headline = f"Training of {', '.join(text(Path(folder).name) for folder in runs)}"
+        deck = "Nothing has been scored."
+    links = [("scores", "Scores"), ("titles", "Titles"), ("list", "Article by article")]
+    links = (links if scores else []) + ([("run-0", "Training")] if runs else [])
+    links = "".join(f'<a href="#{anchor}">{name}</a>' for anchor, name in links)
+    return (
+        f'<header><p class="name">Manchette</p><h1>{headline}</h1><p class="deck">{deck}</p>'
+        f'<nav aria-label="Parts of this report">{links}</nav></header>\n<main>'
+    )
+
+
+def table(caption: str, columns: list[tuple[str, str]], rows: Iterable[list]) -> str:
+    """Return a table whose columns sort by their headings.
+
+    Args:
+        caption: HTML.
+        columns: heading and explanation of each; the first is that of the rows' names.
+        rows: cells as strings, or as (shown, value to sort by).
+    """
+    head = "".join(
+        f'<th scope="col"><button type="button" title="{text(hint)}">{text(name)}</button></th>'
+        for name, hint in columns
+    )
+    body = []
+    for name, *cells in rows:
+        line = f'<th scope="row">{text(name)}</th>'
+        for cell in cells:
+            shown, value = cell if isinstance(cell, tuple) else (cell, None)
+            value = "" if value is None else f' data-value="{value:.9g}"'
+            line += f"<td{value}>{text(shown)}</td>"
+        body.append(f"<tr>{line}</tr>")
+    return (
+        f'<div class="wide" tabindex="0" role="group" aria-label="Table, scrolls sideways"><table>'
+        f"<caption>{caption}</caption><thead><tr>{head}</tr></thead>"
+        f"<tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def number(value: float | None, form: str) -> tuple | str:
+    return "–" if value is None else (format(value, form), value)
+
+
+def score_section(scores: dict) -> str:
+    if "references" not in scores:
+        return ""
+    columns = [("System", ""), ("R-1", "ROUGE-1 F: words"), ("R-2", "ROUGE-2 F: pairs of words")]
+    columns += [("R-L", "ROUGE-L F: words in the same order, the challenge's metric")]
+    columns += [("95 %", "bootstrap interval of R-L over the articles")]
+    columns += [("R-Lsum", "as R-L, line by line"), ("R-L unicode", "words keep their accents")]
+    columns += [("difference", "of R-L"), ("95 %", "of the difference"), ("p", "two-sided")]
+    rows = []
+    for name, system in scores["predictions"].items():
+        default, unicode = system["rouge"]["default"], system["rouge"]["unicode"]
+        compared = system.get("compared", {}).get("default", {}).get("rougeL")
+        row = [name, *(number(default[kind], ".4f") for kind in ("rouge1", "rouge2", "rougeL"))]
+        row += [interval(system["intervals"]["default"]["rougeL"])]
+        row += [number(default["rougeLsum"], ".4f"), number(unicode["rougeL"], ".4f")]
+        if compared:
+            row += [number(compared["difference"], "+.4f"), interval(compared["interval"], "+")]
+            row += [("< .001" if compared["p"] < 0.001 else f"{compared['p']:.3f}", compared["p"])]
+        else:
+            row += ["–"] * 3
+        rows.append(row)
+    against = text(scores["compared_to"])
+    caption = (
+        f"Mean F over {scores['rows']:,} titles. Difference and p: R-L against <b>{against}</b>, "
+        f"by {scores['bootstrap']['resamples']:,} paired bootstrap resamples of the articles."
+    )
+    return (
+        f'<section id="scores"><h2>Scores</h2>{table(caption, columns, rows)}'
+        '<p class="note">R-1, R-2, R-L and R-Lsum use rouge_score’s own tokenizer, as published '
+        "figures do; it drops accented letters. The unicode column keeps them. A score is not all: "
+        "read it beside what follows, and beside a copy of the article’s first words.</p></section>"
+    )
+
+
+def interval(bounds, sign: str = "") -> str:
+    return "–" if bounds is None else " to ".join(format(bound, f"{sign}.4f") for bound in bounds)
+
+
+def with_true_titles(scores: dict) -> dict:
+    true = {TRUE: scores["references"]} if "references" in scores else {}
+    return true | scores["predictions"]
+
+
+def title_section(scores: dict) -> str:
+    columns = [("System", ""), ("words", "mean number of words")]
+    columns += [("quartiles", "a quarter of the titles is shorter, a quarter is longer")]
+    columns += [("French", "share of titles"), ("English", ""), ("other", "")]
+    flags = ("repeated", "looping", "cut")
+    columns += [("empty", FLAG_MEANINGS["empty"])]
+    columns += [(FLAG_NAMES[flag], FLAG_MEANINGS[flag]) for flag in flags]
+    rows = []
+    for name, system in with_true_titles(scores).items():
+        words = system["words"]
+        quartiles = " / ".join(f"{words[key]:.0f}" for key in ("q1", "median", "q3"))
+        row = [name, number(words["mean"], ".1f"), (quartiles, words["median"])]
+        row += [number(share, ".1%") for share in system["language"].values()]
+        row += [number(system["empty"], ","), *(number(system["flags"][f], ",") for f in flags)]
+        rows.append(row)
+    parts = [table("Length, language, and titles that went wrong.", columns, rows)]
+    if "articles" in scores:
+        columns = [("System", "")]
+        columns += [
+            (f"new {n}-grams", f"{n} words in a row that the article has not") for n in "1234"
+        ]
+        flags = ("numbers", "names", "quotations")
+        columns += [(flag, FLAG_MEANINGS[flag]) for flag in flags]
+        rows = []
+        for name, system in with_true_titles(scores).items():
+            shares = [system["flags"][flag] / scores["rows"] for flag in flags]
+            row = [name, *(number(share, ".1%") for share in system["novel"].values())]
+            rows.append(row + [number(share, ".1%") for share in shares])
+        caption = (
+            "What the article does not say: mean share of a title’s words and groups of words, and "
+            "share of titles with a number, a name or a quotation that is not in it."
+        )
+        parts.append(table(caption, columns, rows))
+        parts.append(
+            '<p class="note">A flag is a reason to look, not a verdict. True titles have some too: '
+            "journalists know more than one article says.</p>"
+        )
+    return f'<section id="titles"><h2>Titles</h2>{"".join(parts)}</section>'
+
+
+def notes(scores: dict) -> str:
+    rows = []
+    for what in ("references", "articles"):
+        if what in scores:
+            rows.append([what, scores[what]["path"], scores[what]["sha256"][:16], ""])
+    for name, system in scores["predictions"].items():
+        made_by = ", ".join(f"{key} {value}" for key, value in system.get("made_by", {}).items())
+        path = system.get("path", "a baseline, made of the articles")
+        rows.append([name, path, system.get("sha256", "")[:16], made_by])
+    columns = [("What", ""), ("file", ""), ("SHA-256 of what was read", ""), ("made by", "")]
+    flags = "".join(f"<dt>{FLAG_NAMES[f]}</dt><dd>{text(m)}</dd>" for f, m in FLAG_MEANINGS.items())
+    versions = ", ".join(f"{text(name)} {text(v)}" for name, v in scores["versions"].items())
+    tokenizers = "".join(
+        f"<dt>{text(name)}</dt><dd>{text(meaning)}</dd>"
+        for name, meaning in scores.get("tokenizers", {}).items()
+    )
+    return (
+        '<section id="notes"><h2>How this was made</h2>'
+        f"{table('Files', columns, rows)}<h3>Flags</h3><dl>{flags}</dl>"
+        + (f"<h3>Tokenizers of ROUGE</h3><dl>{tokenizers}</dl>" if tokenizers else "")
+        + "<p>New n-grams and flags compare words without capitals; names and numbers also without "
+        "accents, plural and feminine endings, and in words as in figures. Languages by py3langid, "
+        "which always chooses one of ten: of one or two words it is a guess. Intervals hold what "
+        f"comes of the choice of articles, and nothing else.</p><p>{versions}.</p></section>"
+    )
+
+
+# --- Plots ---------------------------------------------------------------------------------------
+
+
+def plots(scores: dict, figures: dict) -> str:
+    shown = [plot_scores(scores)] if "references" in scores else []
+    shown += [plot_lengths(figures), plot_languages(scores)]
+    return f'<div class="plots">{"".join(shown)}</div>'
+
+
+def figure(name: str, caption: str, description: str, height: float, shapes: str) -> str:
+    """Return a plot, for eyes and for screen readers."""
+    return (
+        f'<figure><figcaption>{caption}</figcaption><svg viewBox="0 0 {WIDTH} {height:.0f}" '
+        f'role="img" aria-labelledby="{name}-title {name}-desc"><title id="{name}-title">{caption}'
+        f'</title><desc id="{name}-desc">{text(description)}</desc>{shapes}</svg></figure>'
+    )
+
+
+def label(x: float, y: float, words, kind: str = "", anchor: str = "start") -> str:
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}" text-anchor="{anchor}">{text(words)}</text>'
+    )
+
+
+def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{kind}"/>'
+
+
+def bar(x: float, y: float, width: float, height: float, kind: str) -> str:
+    return (
+        f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(width, 0):.1f}" height="{height:.1f}" '
+        f'class="{kind}"/>'
+    )
+
+
+def short(name: str, characters: int = 17) -> str:
+    half = (characters - 1) // 2
+    return name if len(name) <= characters else f"{name[:half]}…{name[-half:]}"
+
+
+def ticks(top: float, wanted: int = 5) -> list[float]:
+    """Return round numbers from 0 to just above `top`."""
+    if not top > 0:
+        return [0, 1]
+    step = 10.0**-12
+    while top / step > wanted:
+        step *= 2.5 if f"{step:e}".startswith("2") else 2
+    return [step * n for n in range(int(top / step + 0.999999) + 1)]
+
+
+def plot_scores(scores: dict) -> str:
+    left, right, row, top = 122, 348, 27, 8
+    systems = scores["predictions"]
+    bounds = {name: s["intervals"]["default"]["rougeL"] for name, s in systems.items()}
+    values = {name: s["rouge"]["default"]["rougeL"] for name, s in systems.items()}
+    marks = ticks(max(bounds[name][1] if bounds[name] else values[name] for name in systems))
+    place = _scale(0, marks[-1], left, right)
+    bottom = top + row * len(systems)
+    shapes = "".join(
+        line(place(mark), top, place(mark), bottom, "grid")
+        + label(place(mark), bottom + 15, f"{mark:.3g}", "axis", "middle")
+        for mark in marks
+    )
+    for number_, (name, value) in enumerate(values.items()):
+        y = top + row * (number_ + 0.5)
+        shapes += label(0, y + 4, short(name))
+        if bounds[name]:
+            shapes += line(place(bounds[name][0]), y, place(bounds[name][1]), y, "whisker")
+        shapes += f'<circle cx="{place(value):.1f}" cy="{y:.1f}" r="4.5" class="dot"/>'
+        shapes += label(WIDTH, y + 4, f"{value:.4f}", "", "end")
+    described = "; ".join(
+        f"{name} {values[name]:.4f}" + (f" ({interval(bounds[name])})" if bounds[name] else "")
+        for name in systems
+    )
+    return figure("rouge", "ROUGE-L F and its 95 % interval", described, bottom + 22, shapes)
+
+
+def plot_lengths(figures: dict) -> str:
+    import numpy
+
+    left, right, row, top = 122, 392, 46, 4
+    everything = numpy.concatenate([of_name.words for of_name in figures.values()])
+    longest = max(10, int(numpy.percentile(everything, 99.5)))
+    step = -(-longest // 40)  # words to a bar
+    edges = numpy.arange(0, longest + 2 * step, step)
+    shares = {
+        name: numpy.histogram(numpy.minimum(of_name.words, edges[-1] - 1), edges)[0]
+        / len(of_name.words)
+        for name, of_name in figures.items()
+    }
+    true = shares.pop(None, None)
+    systems = shares if shares else {TRUE: true}
+    tallest = max(share.max() for share in [*systems.values(), *([] if true is None else [true])])
+    place = _scale(0, edges[-1], left, right)
+    shapes, described = "", []
+    for index, (name, share) in enumerate(systems.items()):
+        base = top + row * (index + 1) - 6
+        height = _scale(0, tallest, 0, row - 12)
+
+        def steps(share, base=base, height=height) -> str:
+            points = [f"{place(edges[0]):.1f},{base:.1f}"]
+            for start, end, value in zip(edges[:-1], edges[1:], share, strict=True):
+                y = base - height(value)
+                points += [f"{place(start):.1f},{y:.1f}", f"{place(end):.1f},{y:.1f}"]
+            return " ".join([*points, f"{place(edges[-1]):.1f},{base:.1f}"])
+
+        if true is not None:
+            shapes += f'<polygon points="{steps(true)}" class="behind"/>'
+        shapes += f'<polyline points="{steps(share)}" class="outline"/>'
+        shapes += line(left, base, right, base, "grid")
+        shapes += label(0, base - 12, short(name))
+        mean = float(figures[name].words.mean()) if name in figures else 0
+        shapes += label(0, base + 1, f"{mean:.1f} words", "axis")
+        described.append(f"{name} {mean:.1f} words on average")
+    bottom = top + row * len(systems)
+    for mark in ticks(edges[-1] - step):
+        if mark <= edges[-1]:
+            shapes += label(place(mark), bottom + 10, f"{mark:.0f}", "axis", "middle")
+    caption = "Words per title" + (" (shaded: the true titles)" if true is not None else "")
+    return figure("lengths", caption, "; ".join(described), bottom + 16, shapes)
+
+
+def plot_languages(scores: dict) -> str:
+    left, right, row, top = 122, 392, 27, 26
+    shapes, described = "", []
+    x = left
+    for name in ("french", "english", "other"):
+        shapes += bar(x, 4, 10, 10, name) + label(x + 15, 13, name.capitalize(), "axis")
+        x += 76
+    for index, (name, system) in enumerate(with_true_titles(scores).items()):
+        y, x = top + row * index, left
+        shapes += label(0, y + 14, short(name))
+        shares = system["language"]
+        for language, share in shares.items():
+            width = (share or 0) * (right - left)
+            shapes += bar(x, y, width, 19, language)
+            if width > 44:
+                shapes += label(x + 6, y + 14, f"{share:.1%}", f"on-{language}")
+            x += width
+        described.append(f"{name}: " + ", ".join(f"{k} {v or 0:.1%}" for k, v in shares.items()))
+    bottom = top + row * len(described)
+    return figure("languages", "Languages of the titles", "; ".join(described), bottom, shapes)
+
+
+def run_section(anchor: str, folder: str, run_config: dict, metrics: list[dict]) -> str:
+    name = Path(folder).name
+    updates = [row for row in metrics if "loss" in row]
+    evaluated = [row for row in metrics if "eval_loss" in row]
+    drawn = []
+    if updates:
+        drawn.append(plot_curve(f"{anchor}-loss", "Training loss", updates, "loss", evaluated))
+    if any(row.get("eval_rougeL") is not None for row in evaluated):
+        caption = "ROUGE-L of validation titles"
+        drawn.append(plot_curve(f"{anchor}-rouge", caption, evaluated, "eval_rougeL", []))
+    if memory := plot_memory(f"{anchor}-memory", run_config.get("memory")):
+        drawn.append(memory)
+    merged = run_config["kind"] == "merged"
+    arguments = run_config["arguments"]
+    shown = ("num_train_epochs", "learning_rate", "lora_r", "lora_alpha", "lora_dropout")
+    shown += ("max_length", "base_weights", "seed")
+    facts = [("base", run_config["base_model"]), ("per update", run_config["articles_per_update"])]
+    facts += [(f"{split} articles", file["rows"]) for split, file in run_config["data"].items()]
+    facts += [(key, arguments[key]) for key in shown if key in arguments]
+    if "merge_check" in run_config and isinstance(run_config["merge_check"], dict):
+        difference = run_config["merge_check"].get("relative_difference")
+        facts += [("merged against adapter", f"logits differ by {difference:.2%}")] * isinstance(
+            difference, float
+        )
+    facts = "".join(f"<div><dt>{text(k)}</dt><dd>{text(v)}</dd></div>" for k, v in facts)
+    return (
+        f'<section id="{anchor}" class="run"><h2>{"Merged" if merged else "Training"}: {text(name)}'
+        f'</h2><dl class="facts">{facts}</dl><div class="plots">{"".join(drawn)}</div></section>'
+    )
+
+
+def plot_curve(anchor: str, caption: str, rows: list[dict], key: str, evaluated: list[dict]) -> str:
+    left, right, top, bottom = 40, 392, 8, 170
+    points = _thinned([(row["step"], row[key]) for row in rows if row.get(key) is not None])
+    marks = [(row["step"], row["eval_loss"]) for row in evaluated if row["eval_loss"] is not None]
+    if not points:
+        return ""
+    steps = ticks(max(step for step, _ in points + marks))
+    values = ticks(max(value for _, value in points + marks))
+    across, up = _scale(0, steps[-1], left, right), _scale(0, values[-1], bottom, top)
+    shapes = "".join(
+        line(left, up(value), right, up(value), "grid")
+        + label(left - 6, up(value) + 4, f"{value:.3g}", "axis", "end")
+        for value in values
+    )
+    shapes += "".join(
+        label(across(step), bottom + 16, f"{step:,.0f}", "axis", "middle") for step in steps
+    )
+    shapes += label(right, bottom + 32, "update", "axis", "end")
+    drawn = " ".join(f"{across(step):.1f},{up(value):.1f}" for step, value in points)
+    shapes += f'<polyline points="{drawn}" class="curve"/>'
+    for step, value in marks or (points if key != "loss" else []):
+        shapes += f'<circle cx="{across(step):.1f}" cy="{up(value):.1f}" r="4.5" class="dot"/>'
+        shapes += label(across(step), up(value) - 9, f"{value:.3g}", "strong", "end")
+    described = (
+        f"{key} from {points[0][1]:.4g} at update {points[0][0]:.0f} to {points[-1][1]:.4g} "
+    )
+    described += f"at update {points[-1][0]:.0f}"
+    described += "".join(f"; validation {value:.4g} after {step}" for step, value in marks)
+    caption += " (dots: validation)" if marks else ""
+    return figure(anchor, caption, described, bottom + 38, shapes)
+
+
+def plot_memory(anchor: str, memory) -> str:
+    """Return the bars of the QLoRA paper's Figure 1 for this run's model, or nothing."""
+    if not isinstance(memory, dict) or not isinstance(memory.get("estimate"), dict):
+        return ""
+    names = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}
+    bars = [(shown, memory["estimate"].get(key), "estimate") for key, shown in names.items()]
+    bars += [("this run, expected", memory.get("this_run"), "estimate")]
+    bars += [("this run, measured", memory.get("measured_peak"), "measured")]
+    bars = [(n, v, k) for n, v, k in bars if isinstance(v, int | float) and 0 < v < 2**60]
+    if not bars:
+        return ""
+    left, right, row, top = 130, 330, 27, 4
+    place = _scale(0, max(value for _, value, _ in bars), left, right)
+    shapes = ""
+    for index, (name, value, kind) in enumerate(bars):
+        y = top + row * index
+        shapes += label(0, y + 14, name, "") + bar(left, y, place(value) - left, 19, kind)
+        shapes += label(place(value) + 6, y + 14, _bytes(value), "")
+    device = "on the GPU" if memory.get("device") == "cuda" else "resident, on a CPU"
+    described = "; ".join(f"{name} {_bytes(value)}" for name, value, _ in bars)
+    caption = f"Memory at the peak, {device}"
+    return figure(anchor, caption, described, top + row * len(bars), shapes)
+
+
+def _bytes(value: float) -> str:
+    return f"{value / 2**30:.1f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
+
+
+def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
+    return lambda value: start + (end - start) * (value - low) / ((high - low) or 1)
+
+
+def _thinned(points: list[tuple]) -> list[tuple]:
+    """Return no more than CURVE_POINTS of a curve: means of neighbours."""
+    size = -(-len(points) // CURVE_POINTS) or 1
+    groups = [points[start : start + size] for start in range(0, len(points), size)]
+    return [tuple(sum(axis) / len(axis) for axis in zip(*group, strict=True)) for group in groups]
+
+
+# --- The list ------------------------------------------------------------------------------------
+
+
+def browser(scores: dict, sample: dict) -> str:
+    shown, total = len(sample["rows"]), scores["rows"]
+    some = "" if shown == total else f" {shown:,} evenly spaced ones of {total:,} are here."
+    flags = "".join(f'<option value="{f}">{text(n)}</option>' for f, n in FLAG_NAMES.items())
+    return f"""<section id="list"><h2>Article by article</h2>
+<p class="note" id="list-note">Each with the titles of every system.{some} Marked words are those
+that the article does not have.</p>
+<form id="controls" role="search" aria-describedby="list-note">
+<label>Sort <select id="sort"></select></label>
+<label>of <select id="first"></select></label>
+<label id="second-label">against <select id="second"></select></label>
+<label>Flag <select id="flag"><option value="">any or none</option>
+<option value="*">any</option>{flags}</select></label>
+<label>Search <input id="search" type="search" autocomplete="off"
+placeholder="in titles and articles"></label>
+</form>
+<p id="status" role="status"></p><div id="rows"></div>
+<nav class="pages" aria-label="Pages of the list">
+<button type="button" id="previous">Previous</button>
+<span id="page"></span><button type="button" id="next">Next</button></nav>
+<noscript><p class="note">The list needs JavaScript; tables and plots do without.</p></noscript>
+</section>"""
+
+
+def payload(scores: dict, figures: dict, sample: dict) -> dict:
+    """Return what the list shows, by row: ID, article, titles, ROUGE-L and flags."""
+    names = list(sample["titles"])
+    systems = [name for name in names if name is not None]
+    scored = None in sample["titles"]
+    rows = []
+    for row in sample["rows"]:
+        titles = [_cut(sample["titles"][name][row], TITLE_CHARACTERS) for name in names]
+        rouge = [round(float(figures[name].rouge["default"]["rougeL"][row]), 4) for name in systems]
+        flags = [
+            {
+                flag: [printable(word) for word in words]
+                for flag, words in figures[n].flags_of(row).items()
+            }
+            for n in names
+        ]
+        article = _cut(sample["texts"].get(row, ""), ARTICLE_CHARACTERS)
+        rows.append(
+            [printable(sample["ids"][row]), article, titles, rouge if scored else [], flags]
+        )
+    return {"systems": systems, "scored": scored, "flags": FLAG_NAMES, "rows": rows}
+
+
+def _cut(words: str, characters: int) -> str:
+    words = words if len(words) <= characters else f"{words[:characters]}…"
+    return "\n".join(map(printable, words.splitlines()))
