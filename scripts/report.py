@@ -132,7 +132,7 @@ def table(caption: str, columns: list[tuple[str, str]], rows: Iterable[list]) ->
 
 
 def number(value: float | None, form: str) -> tuple | str:
-    return "–" if value is None else (format(value, form), value)
+    return "–" if value is None else (format(value, form).replace("-", "−"), value)
 
 
 def score_section(scores: dict) -> str:
@@ -170,7 +170,9 @@ def score_section(scores: dict) -> str:
 
 
 def interval(bounds, sign: str = "") -> str:
-    return "–" if bounds is None else " to ".join(format(bound, f"{sign}.4f") for bound in bounds)
+    if bounds is None:
+        return "–"
+    return " to ".join(format(bound, f"{sign}.4f") for bound in bounds).replace("-", "−")
 
 
 def with_true_titles(scores: dict) -> dict:
@@ -338,6 +340,8 @@ def plot_lengths(figures: dict) -> str:
     true = shares.pop(None, None)
     systems = shares if shares else {TRUE: true}
     tallest = max(share.max() for share in [*systems.values(), *([] if true is None else [true])])
+    if true is not None:  # all titles of one length would flatten all others: cut off that spike
+        tallest = min(tallest, 2 * true.max())
     place = _scale(0, edges[-1], left, right)
     shapes, described = "", []
     for index, (name, share) in enumerate(systems.items()):
@@ -347,7 +351,7 @@ def plot_lengths(figures: dict) -> str:
         def steps(share, base=base, height=height) -> str:
             points = [f"{place(edges[0]):.1f},{base:.1f}"]
             for start, end, value in zip(edges[:-1], edges[1:], share, strict=True):
-                y = base - height(value)
+                y = base - height(min(value, tallest))
                 points += [f"{place(start):.1f},{y:.1f}", f"{place(end):.1f},{y:.1f}"]
             return " ".join([*points, f"{place(edges[-1]):.1f},{base:.1f}"])
 

@@ -21,9 +21,11 @@ from exit_codes import UserError, note, run, writing
 from model_card import write_results
 from run_folder import read_metrics, read_run_config, write_json
 
-SPLIT = "validation"  # of a Hub dataset that names none
+# Of a Hub dataset that names none; of articles as infer.py has it.
+SPLIT, ARTICLES_SPLIT = "validation", "test"
 PACKAGES = ("evaluate", "rouge_score", "scipy", "py3langid")
 SCORES, FLAGGED, REPORT = "scores.json", "flags.jsonl", "report.html"
+MADE_BY = ("model", "adapter", "base_weights", "precision", "decoding", "max_new_tokens")
 SHOWN_ROWS = 2_000  # of larger files, so many evenly spaced rows are listed in the report
 BASELINES_HELP = "any of lead1, first40 (or another number), ext-oracle"
 RUNS_HELP = "of train.py or merge.py: curves, memory; results into their cards"
@@ -115,16 +117,17 @@ def read_files(args, files: dict[str, str]) -> tuple:
     texts = Columns(text=None, title=args.text_column, id=args.id_column)
     articles = args.articles or (args.references if has_column(args.references, texts) else None)
     if articles:
-        checked["articles"] = check_articles(articles, texts, SPLIT, empty_titles=True)
+        split = ARTICLES_SPLIT if args.articles else SPLIT
+        checked["articles"] = check_articles(articles, texts, split, empty_titles=True)
     elif args.baselines:
         raise UserError(
             "--baselines", "they are made of articles", "give the file of them with --articles"
         )
     first = checked.get("references") or checked["articles"]
-    ids = list(references or (row["id"] for row in iterate_articles(articles, texts, SPLIT)))
+    ids = list(references or (row["id"] for row in iterate_articles(articles, texts, split)))
     rows = {identity: row for row, identity in enumerate(ids)}
     if articles:
-        check_ids_of_articles(articles, texts, checked["articles"], first, rows)
+        check_ids_of_articles(articles, texts, split, checked["articles"], first, rows)
 
     columns = Columns(None, args.prediction_title_column, args.prediction_id_column)
     predictions, details = {}, {}
@@ -133,7 +136,14 @@ def read_files(args, files: dict[str, str]) -> tuple:
         predictions[name] = align(checked[f"predictions {name}"], titles, first, rows)
         details[name] = read_details(path, ids, predictions[name])
     references = None if references is None else list(references.values())
-    return ids, references, predictions, articles and (articles, texts, rows), checked, details
+    return (
+        ids,
+        references,
+        predictions,
+        articles and (articles, texts, split, rows),
+        checked,
+        details,
+    )
 
 
 def name_files(arguments: list[str]) -> dict[str, str]:
@@ -204,7 +214,9 @@ def align(checked: Checked, titles: dict[str, str], of: Checked, rows: dict) -> 
     return [titles[identity] for identity in rows]
 
 
-def check_ids_of_articles(path: str, columns, checked: Checked, of: Checked, rows: dict) -> None:
+def check_ids_of_articles(
+    path: str, columns: Columns, split: str, checked: Checked, of: Checked, rows: dict
+) -> None:
     """Refuse a file without the article of each title; it may hold others as well.
 
     Raises:
@@ -217,7 +229,7 @@ def check_ids_of_articles(path: str, columns, checked: Checked, of: Checked, row
         raise UserError(
             path, f"its rows cannot be paired with those of {of.path}", "add the column of IDs"
         )
-    missing = rows.keys() - {row["id"] for row in iterate_articles(path, columns, SPLIT)}
+    missing = rows.keys() - {row["id"] for row in iterate_articles(path, columns, split)}
     if missing:
         raise UserError(
             path,
@@ -226,9 +238,9 @@ def check_ids_of_articles(path: str, columns, checked: Checked, of: Checked, row
         )
 
 
-def iterate_texts(path: str, columns: Columns, rows: dict) -> Iterator[tuple[int, str]]:
+def iterate_texts(path: str, columns: Columns, split: str, rows: dict) -> Iterator[tuple[int, str]]:
     """Yield the row and the text of each article that there is a title for."""
-    for article in iterate_articles(path, columns, SPLIT):
+    for article in iterate_articles(path, columns, split):
         if article["id"] in rows:
             yield rows[article["id"]], article["title"]
 
@@ -291,6 +303,12 @@ def score_files(args, names, ids, references, predictions, articles, checked, de
         name: facts.get(f"predictions {name}", {"baseline": name}) | describe(figures[name])
         for name in names
     }
+    for name, found in details.items():
+        if found:
+            made_by = {key: found["record"].get(key) for key in MADE_BY}
+            scores["predictions"][name]["made_by"] = {
+                key: value for key, value in made_by.items() if isinstance(value, str | int)
+            }
     if references is not None:
         add_rouge(scores, figures, args.compare_to or names[0])
     scores["versions"] = {package: importlib.metadata.version(package) for package in PACKAGES}

@@ -22,15 +22,21 @@ INITIALS = re.compile(r"\b(?:[^\W\d_]\.){2,}")  # S.N.C.F.
 TOKEN = re.compile(r"[^\W_]+(?:[-'’][^\W_]+)*")
 ELISION = re.compile(r"(?:[cdjlmnst]|(?:jus|lors|puis|quel|pres)?qu)['’](?=.)", re.IGNORECASE)
 SENTENCE_START = re.compile(r"[.!?…:;«»“”\"()\[\]|–—\n]|\s-\s")  # between two words
+TITLED = re.compile(r"(?:\b[A-ZÀ-ÖØ-Þ]|\bMM|\bMmes?|\bMlles?|\bDr|\bMe|\bSte?)\.\s*$")  # M. Macron
 # Begin a title with a capital, before a name as elsewhere.
 FUNCTION_WORDS = frozenset(
-    ["a", "à", "au", "aux", "avec", "ce", "ces", "cet", "cette", "chez", "comment", "dans", "de", "des", "deux", "du", "elle", "elles", "en", "entre", "et", "il", "ils", "la", "le", "les", "leur", "leurs", "lors", "mais", "ne", "ni", "non", "notre", "nos", "on", "ou", "où", "par", "pas", "plus", "pour", "pourquoi", "quand", "que", "quel", "quelle", "quelles", "quels", "qui", "sa", "sans", "se", "selon", "ses", "si", "son", "sous", "sur", "tous", "tout", "toute", "toutes", "un", "une", "vers", "via", "voici", "voilà", "votre", "vos"]
+    """
+    a à au aux avec ce ces cet cette chez comment dans de des deux du elle elles en entre et il ils
+    la le les leur leurs lors mais ne ni non notre nos on ou où par pas plus pour pourquoi quand que
+    quel quelle quelles quels qui sa sans se selon ses si son sous sur tous tout toute toutes un une
+    vers via voici voilà votre vos
+    """.split()  # noqa: SIM905
 )
 QUOTATION = re.compile(r"«([^«»]*)»|“([^“”]*)”|\"([^\"]*)\"")
 LEFT_OUT = re.compile(r"…|\.\.\.|\([^()]*\)|\[[^\[\]]*\]")  # of a quotation, or put into it
 
-THOUSANDS = r"\d{1,3}(?:[\s.]\d{3})+(?!\d)"
-NUMBER = re.compile(rf"(?<![^\W_])(?P<number>(?:{THOUSANDS}|\d+)(?:[.,]\d+)?)", re.ASCII)
+THOUSANDS = r"[0-9]{1,3}(?:[\s.][0-9]{3})+(?![0-9])"
+NUMBER = re.compile(rf"(?<![^\W_])(?P<number>(?:{THOUSANDS}|[0-9]+)(?:[.,][0-9]+)?)")
 SCALE = re.compile(r"(?:er|e|)\s*(mille|million|milliard)s?\b", re.IGNORECASE)
 SCALES = {"mille": 1_000, "million": 1_000_000, "milliard": 1_000_000_000}
 CLOCK = re.compile(r"(?<=\d)[hHx](?=\d)")  # 20h30
@@ -145,7 +151,12 @@ def names_in(title: str) -> list[str]:
         if not word[0].isalpha() or len(word) < 2 or not any(map(str.isupper, word)):
             continue
         before = title[tokens[position - 1].end() if position else 0 : token.start()]
-        if (position == 0 or SENTENCE_START.search(before)) and not elided:
+        starts = position == 0 or SENTENCE_START.search(before)
+        if (
+            starts
+            and not elided
+            and not TITLED.search(title[max(0, token.start() - 8) : token.start()])
+        ):
             inside = any(map(str.isupper, word[1:]))
             following = tokens[position + 1] if position + 1 < len(tokens) else None
             followed = following is not None and following[0][0].isupper()

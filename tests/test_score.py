@@ -17,6 +17,7 @@ import pytest
 
 import score
 from exit_codes import UserError
+from title_figures import import_rouge, rouge_means, rouge_rows
 
 SCRIPTS = Path(score.__file__).parent
 ROUGE_TYPES = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
@@ -80,19 +81,18 @@ def refused(folder: Path, *predictions, references="references.csv") -> str:
 
 
 def rouge(prediction: str, reference: str, tokenizer: str) -> list[float]:
-    scores = score.score_titles([prediction], [reference], language=False)
-    return list(scores["rouge"][tokenizer].values())
+    return list(rouge_means([prediction], [reference])[tokenizer].values())
 
 
 def metric():
-    metric_class, _ = score.import_rouge()
+    metric_class, _ = import_rouge()
     return metric_class(keep_in_memory=True)
 
 
 @pytest.fixture(autouse=True)
 def metrics_cache(tmp_path, monkeypatch):
     """The folder that a metric makes when it is told no other."""
-    score.import_rouge()
+    import_rouge()
     monkeypatch.setattr("evaluate.config.HF_METRICS_CACHE", tmp_path / "metrics_cache")
 
 
@@ -109,13 +109,16 @@ def test_default_figures_equal_rouge_score_called_directly():
     scorer = RougeScorer(ROUGE_TYPES)
     rows = [scorer.score(*pair) for pair in zip(titles, predictions, strict=True)]
 
-    scores = score.score_titles(predictions, titles, language=False)["rouge"]["default"]
+    scores = rouge_means(predictions, titles)["default"]
+    each = rouge_rows(predictions, titles)["default"]
 
     assert list(scores) == ROUGE_TYPES
     for name in ROUGE_TYPES:
         mean = statistics.fmean(row[name].fmeasure for row in rows)
         assert 0.05 < mean < 0.9
         assert abs(scores[name] - mean) < 1e-12
+        assert each[name] == pytest.approx([row[name].fmeasure for row in rows], abs=1e-12)
+    assert each["rougeL"] != each["rougeLsum"]  # some titles have lines
 
 
 def test_french_example_computed_by_hand():
@@ -161,13 +164,13 @@ def test_unicode_figures_see_accents_and_not_how_they_are_encoded():
     ],
 )
 def test_unicode_tokenizer(text, words):
-    _, tokenizers = score.import_rouge()
+    _, tokenizers = import_rouge()
     assert tokenizers["unicode"].tokenize(text) == words
     assert tokenizers["unicode"].tokenize(unicodedata.normalize("NFD", text)) == words
 
 
 def test_rouge_lsum_differs_from_rouge_l_where_titles_have_lines():
-    scores = score.score_titles(["c d\na b"], ["a b\nc d"], language=False)["rouge"]
+    scores = rouge_means(["c d\na b"], ["a b\nc d"])
     for tokenizer in ("default", "unicode"):
         assert scores[tokenizer]["rougeL"] == 0.5
         assert scores[tokenizer]["rougeLsum"] == 1
@@ -212,7 +215,7 @@ print(json.dumps([type(rouge).__module__, rouge.compute(**titles, tokenizer="uni
     )
     module, scores = json.loads(done.stdout)
     assert module.startswith("evaluate_modules.metrics.title_rouge.")  # evaluate's copy of it
-    assert scores == score.score_titles(OTHER_TITLES, TRUE_TITLES)["rouge"]["unicode"]
+    assert scores == rouge_means(OTHER_TITLES, TRUE_TITLES)["unicode"]
 
 
 @pytest.mark.parametrize(
@@ -220,68 +223,7 @@ print(json.dumps([type(rouge).__module__, rouge.compute(**titles, tokenizer="uni
 )
 def test_lists_that_cannot_be_paired(predictions, references):
     with pytest.raises(ValueError, match=f"{len(predictions)} predictions for {len(references)} "):
-        score.score_titles(predictions, references)
-
-
-# --- Length, empty titles, language --------------------------------------------------------------
-
-
-def test_words_and_empty_titles():
-    titles = ["« Le Havre » : 12 morts", "L'été", "", " \n"]
-    assert score.describe_titles(titles, language=False) == {
-        "empty": 2,
-        "words": {"mean": (4 + 1) / 4},
-    }
-
-
-def test_empty_predictions_score_zero():
-    scores = score.score_titles([TRUE_TITLES[0], ""], TRUE_TITLES[:2], language=False)
-    assert scores["empty"] == 1
-    assert scores["rouge"]["default"] == dict.fromkeys(ROUGE_TYPES, 0.5)
-    assert scores["rouge"]["unicode"] == dict.fromkeys(ROUGE_TYPES, 0.5)
-
-
-def test_language_shares():
-    german = "Der Bundestag beschließt ein neues Gesetz über die Renten"
-    titles = [*TRUE_TITLES, "", OTHER_TITLES[3], "Macron wins French election", german]
-    shares = score.describe_titles(titles)["language"]
-    assert shares == {"french": 4 / 7, "english": 2 / 7, "other": 1 / 7}
-    nothing = {"french": None, "english": None, "other": None}
-    assert score.describe_titles(["", " "])["language"] == nothing
-
-
-@pytest.mark.parametrize(
-    ("code", "titles"),
-    [
-        (
-            "fr",
-            [
-                "Macron réélu président",
-                "Incendie à Notre-Dame de Paris",
-                "Retraites : la réforme adoptée",
-                "Coronavirus : les écoles fermées",
-                "Toulouse : deux morts",
-                "Apple dévoile son nouvel iPhone",
-                "LA POLICE ENQUÊTE SUR UN VOL",
-                "Canicule : alerte orange",  # Latin, among all languages
-            ],
-        ),
-        (
-            "en",
-            [
-                "Paris police clash with yellow vest protesters",
-                "French train strike enters second week",
-                "Champions League: PSG beat Real Madrid",
-                "Apple unveils new iPhone",
-                "Air France pilots strike",
-                "Man arrested after knife attack in Lyon",
-            ],
-        ),
-    ],
-)
-def test_language_of_short_titles(code, titles):
-    classify = score.language_classifier()
-    assert [classify(title)[0] for title in titles] == [code] * len(titles)
+        rouge_means(predictions, references)
 
 
 # --- Pairing by ID -------------------------------------------------------------------------------
@@ -303,10 +245,11 @@ def test_rows_are_paired_by_id(files):
 
     scores = scored(files, "ordered.csv", "reordered.csv", references="named.csv")["predictions"]
 
-    expected = score.score_titles(OTHER_TITLES, TRUE_TITLES)
-    assert expected["rouge"] != score.score_titles(OTHER_TITLES[::-1], TRUE_TITLES)["rouge"]
+    expected = rouge_means(OTHER_TITLES, TRUE_TITLES)
+    assert expected != rouge_means(OTHER_TITLES[::-1], TRUE_TITLES)
     for name in ("ordered", "reordered"):
-        assert {key: scores[name][key] for key in expected} == expected
+        assert scores[name]["rouge"] == expected
+        assert scores[name]["empty"] == 1
 
 
 def test_rows_are_their_own_ids_where_there_are_none(files):
