@@ -530,7 +530,8 @@ def payload(scores: dict, figures: dict, sample: dict) -> dict:
     rows = []
     for row in sample["rows"]:
         titles = [_cut(sample["titles"][name][row], TITLE_CHARACTERS) for name in names]
-        rouge = [round(float(figures[name].rouge["default"]["rougeL"][row]), 4) for name in systems]
+        rouge = [figures[name].rouge["default"]["rougeL"][row] for name in systems * scored]
+        rouge = [round(float(value), 4) for value in rouge]
         flags = [
             {
                 flag: [printable(word) for word in words]
@@ -539,9 +540,7 @@ def payload(scores: dict, figures: dict, sample: dict) -> dict:
             for n in names
         ]
         article = _cut(sample["texts"].get(row, ""), ARTICLE_CHARACTERS)
-        rows.append(
-            [printable(sample["ids"][row]), article, titles, rouge if scored else [], flags]
-        )
+        rows.append([printable(sample["ids"][row]), article, titles, rouge, flags])
     return {"systems": systems, "scored": scored, "flags": FLAG_NAMES, "rows": rows}
 
 

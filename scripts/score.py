@@ -451,7 +451,7 @@ def legend(scores: dict) -> list[str]:
         if scores["rows"] > 1 and len(scores["predictions"]) > 1:
             lines.append(f"p: of a difference in R-L to {short(scores['compared_to'])}, paired.")
     lines += [
-        "half: so many words have half of the titles. Languages: shares, without empty ones.",
+        "half: so many words have half of the titles. Languages: of those not empty.",
         "twice: of several articles; loops: three words, three times; cut: by the limit.",
     ]
     if "articles" in scores:
