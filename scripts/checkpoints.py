@@ -326,6 +326,7 @@ def _differences(recorded: dict, current: dict) -> list[str]:
     """Return what would make a resumed run another run."""
     free = ("output_dir", "resume_from_checkpoint", "resume_anyway", "max_time", "report_to")
     free += ("save_total_limit", "per_device_train_batch_size", "gradient_accumulation_steps")
+    free += ("push_to_hub",)
     # Of these, the contents are compared.
     free += ("train_file", "validation_file", "prompt_file", "model_name_or_path")
     before = {k: v for k, v in recorded["arguments"].items() if k not in free}

@@ -7,13 +7,19 @@ to be YAML, Markdown or HTML.
 import json
 import os
 import re
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from articles import HUB_DATASET, SUFFIXES
-from exit_codes import note, printable, writing
-from run_folder import ADAPTER_WEIGHTS, RUN_CONFIG, file_sha256, model_fingerprint, write_json
+from exit_codes import UserError, note, printable, writing
+from run_folder import (
+    ADAPTER_WEIGHTS,
+    RUN_CONFIG,
+    file_sha256,
+    model_fingerprint,
+    read_run_config,
+    write_json,
+)
 
 CARD = "README.md"
 RESULTS = "results.json"
@@ -39,15 +45,15 @@ def model_card(run_config: dict, results: dict | None = None, name: str = ".") -
     template, step = run_config["prompt"]["template"], _quoted(run_config["adapter_step"])
     lines = loading_lines(run_config["prompt"], name)
     fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", template + lines)), 0)
-    needs = "It needs its base, which `adapter_config.json` names, and peft. " * (not merged)
+    needs = "It needs peft, and its base, which `adapter_config.json` names.\n" * (not merged)
     return f"""---
 {metadata(run_config, results, name)}
 ---
 
 # Titles for French news articles
 
-{"A model with its LoRA adapter merged in" if merged else "A LoRA adapter"}, trained with QLoRA on
-top of {_quoted(base, code=True)} (fingerprint {_quoted(run_config["base_fingerprint"])}).
+{"A model with its LoRA adapter merged in" if merged else "A LoRA adapter"}, trained on top of
+{_quoted(base, code=True)} (fingerprint {_quoted(run_config["base_fingerprint"])}).
 
 {_results(results)}## Use
 
@@ -55,8 +61,8 @@ top of {_quoted(base, code=True)} (fingerprint {_quoted(run_config["base_fingerp
 {lines}
 {fence}
 
-{needs}In this way the text is tokenised as a whole, in the base's own precision: titles may
-differ a little from those of the scripts, which put ids together in pieces.
+{needs}The text is tokenised as a whole here, and the base is in its own precision: titles may
+differ a little from those of infer.py, which puts ids together in pieces.
 
 ## Prompt
 
@@ -125,9 +131,9 @@ def metadata(run_config: dict, results: dict | None, name: str) -> str:
 def loading_lines(prompt: dict, name: str) -> str:
     """Return five lines of Python that load the model and print the title of an article."""
     message = 'prompt.replace("{article}", article)'
-    if prompt["apply_chat_template"]:
+    if prompt.get("apply_chat_template"):
         message = f'[{{"role": "user", "content": {message}}}]'
-    options = f"max_new_tokens={int(prompt['max_title_tokens'])}, do_sample=False"
+    options = f"max_new_tokens={prompt.get('max_title_tokens', 128)}, do_sample=False"
     return f"""from transformers import pipeline
 prompt = {prompt["template"]!r}
 article = "Le texte d'un article."
@@ -177,6 +183,12 @@ def write_results(folder: str, run_config: dict, scores: dict, details: dict) ->
     name = own_system(Path(folder), run_config, details)
     if name is None or "references" not in scores:
         return
+    try:
+        model_card(run_config)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            Path(folder, RUN_CONFIG), f"no card can be made of it ({error!r})", "restore the file"
+        ) from None
     results = {"references": scores["references"], "rows": scores["rows"], "system": name}
     results |= {key: scores["predictions"][name][key] for key in SYSTEM_FIGURES}
     results["baselines"] = {
@@ -188,12 +200,9 @@ def write_results(folder: str, run_config: dict, scores: dict, details: dict) ->
     if not os.access(folder, os.W_OK):
         note(f"{folder} cannot be written: its card stays without the results")
         return
-    card, known = Path(folder, CARD), [None]
-    if Path(folder, RESULTS).is_file():
-        with suppress(ValueError):  # damaged: then the card tells
-            known.append(json.loads(Path(folder, RESULTS).read_text(encoding="utf-8")))
+    card = Path(folder, CARD)
     before = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
-    ours = before is None or before in _cards(run_config, known)
+    ours = before in (None, model_card(run_config), model_card(run_config, results_of(folder)))
     write_json(Path(folder, RESULTS), results)
     if ours:
         write_card(Path(folder), model_card(run_config, results))
@@ -201,10 +210,13 @@ def write_results(folder: str, run_config: dict, scores: dict, details: dict) ->
         note(f"{card} was edited, and stays as it is; the results are in {RESULTS}")
 
 
-def _cards(run_config: dict, known: list) -> Iterable[str]:
-    for results in known:
-        with suppress(KeyError, TypeError, ValueError, AttributeError):  # results of another make
-            yield model_card(run_config, results)
+def results_of(folder: str) -> dict | None:
+    """Return what `write_results` left in a folder, if a card can be made of it."""
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, LookupError):
+        results = json.loads(Path(folder, RESULTS).read_text(encoding="utf-8"))
+        model_card(read_run_config(folder), results)
+        return results
+    return None
 
 
 def write_card(folder: Path, card: str) -> None:

@@ -8,6 +8,7 @@ import base64
 import hashlib
 import html
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -152,7 +153,7 @@ def score_section(scores: dict) -> str:
         row += [number(default["rougeLsum"], ".4f"), number(unicode["rougeL"], ".4f")]
         if compared:
             row += [number(compared["difference"], "+.4f"), interval(compared["interval"], "+")]
-            row += [("< .001" if compared["p"] < 0.001 else f"{compared['p']:.3f}", compared["p"])]
+            row += [("< 0.001" if compared["p"] < 0.001 else f"{compared['p']:.3f}", compared["p"])]
         else:
             row += ["–"] * 3
         rows.append(row)
@@ -291,10 +292,12 @@ def ticks(top: float, wanted: int = 5) -> list[float]:
     """Return round numbers from 0 to just above `top`."""
     if not top > 0:
         return [0, 1]
-    step = 10.0**-12
-    while top / step > wanted:
-        step *= 2.5 if f"{step:e}".startswith("2") else 2
-    return [step * n for n in range(int(top / step + 0.999999) + 1)]
+    exponent = math.floor(math.log10(top)) - 1
+    steps = (
+        factor * 10.0**power for power in range(exponent, exponent + 3) for factor in (1, 2, 5)
+    )
+    step = next(step for step in steps if top / step < wanted + 1e-6)
+    return [step * n for n in range(math.ceil(top / step - 1e-6) + 1)]
 
 
 def plot_scores(scores: dict) -> str:
@@ -315,7 +318,7 @@ def plot_scores(scores: dict) -> str:
         shapes += label(0, y + 4, short(name))
         if bounds[name]:
             shapes += line(place(bounds[name][0]), y, place(bounds[name][1]), y, "whisker")
-        shapes += f'<circle cx="{place(value):.1f}" cy="{y:.1f}" r="4.5" class="dot"/>'
+        shapes += f'<circle cx="{place(value):.1f}" cy="{y:.1f}" r="4" class="dot"/>'
         shapes += label(WIDTH, y + 4, f"{value:.4f}", "", "end")
     described = "; ".join(
         f"{name} {values[name]:.4f}" + (f" ({interval(bounds[name])})" if bounds[name] else "")
@@ -412,11 +415,10 @@ def run_section(anchor: str, folder: str, run_config: dict, metrics: list[dict])
     facts = [("base", run_config["base_model"]), ("per update", run_config["articles_per_update"])]
     facts += [(f"{split} articles", file["rows"]) for split, file in run_config["data"].items()]
     facts += [(key, arguments[key]) for key in shown if key in arguments]
-    if "merge_check" in run_config and isinstance(run_config["merge_check"], dict):
-        difference = run_config["merge_check"].get("relative_difference")
-        facts += [("merged against adapter", f"logits differ by {difference:.2%}")] * isinstance(
-            difference, float
-        )
+    merge_check = run_config.get("merge_check")
+    difference = merge_check.get("relative_difference") if isinstance(merge_check, dict) else None
+    if isinstance(difference, float):
+        facts.append(("merged against adapter", f"logits differ by {difference:.2%}"))
     facts = "".join(f"<div><dt>{text(k)}</dt><dd>{text(v)}</dd></div>" for k, v in facts)
     return (
         f'<section id="{anchor}" class="run"><h2>{"Merged" if merged else "Training"}: {text(name)}'
@@ -430,9 +432,10 @@ def plot_curve(anchor: str, caption: str, rows: list[dict], key: str, evaluated:
     marks = [(row["step"], row["eval_loss"]) for row in evaluated if row["eval_loss"] is not None]
     if not points:
         return ""
-    steps = ticks(max(step for step, _ in points + marks))
+    last = max(step for step, _ in points + marks)
+    steps = [step for step in ticks(last) if step <= last]
     values = ticks(max(value for _, value in points + marks))
-    across, up = _scale(0, steps[-1], left, right), _scale(0, values[-1], bottom, top)
+    across, up = _scale(0, last, left, right), _scale(0, values[-1], bottom, top)
     shapes = "".join(
         line(left, up(value), right, up(value), "grid")
         + label(left - 6, up(value) + 4, f"{value:.3g}", "axis", "end")
@@ -464,7 +467,7 @@ def plot_memory(anchor: str, memory) -> str:
     bars = [(shown, memory["estimate"].get(key), "estimate") for key, shown in names.items()]
     bars += [("this run, expected", memory.get("this_run"), "estimate")]
     bars += [("this run, measured", memory.get("measured_peak"), "measured")]
-    bars = [(n, v, k) for n, v, k in bars if isinstance(v, int | float) and 0 < v < 2**60]
+    bars = [(n, v, k) for n, v, k in bars if type(v) in (int, float) and 0 < v < 2**60]
     if not bars:
         return ""
     left, right, row, top = 130, 330, 27, 4

@@ -7,6 +7,7 @@ it. It holds the adapter, the tokenizer, `run_config.json`, `metrics.jsonl`, a m
 
 import fcntl
 import hashlib
+import html
 import importlib.metadata
 import importlib.util
 import json
@@ -19,7 +20,7 @@ from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from exit_codes import UserError, is_first_process, note, writing
+from exit_codes import UserError, is_first_process, note, printable, writing
 
 RUN_CONFIG = "run_config.json"
 METRICS = "metrics.jsonl"
@@ -276,7 +277,7 @@ def _still_true(line: str, state: dict) -> bool:
 
 
 def read_metrics(run_dir: str) -> list[dict]:
-    """Return the rows of metrics.jsonl whose values are numbers or null; none of a merged folder.
+    """Return the rows of metrics.jsonl, finite numbers or None; no row of a merged folder.
 
     A row that is torn or damaged is left out, for what is left can be shown all the same.
     """
@@ -286,11 +287,11 @@ def read_metrics(run_dir: str) -> list[dict]:
     with file.open(encoding="utf-8", errors="replace") as stream:
         for line in stream:
             with suppress(ValueError, RecursionError):
-                row = json.loads(line, parse_constant=lambda _: None)
-                plain = isinstance(row, dict) and type(row.get("step")) is int
-                if plain and all(isinstance(v, int | float | None) for v in row.values()):
-                    rows.append(row)
-    return rows
+                row = json.loads(line)
+                if isinstance(row, dict) and type(row.get("step")) is int:
+                    finite = {k: type(v) in (int, float) and abs(v) < 1e15 for k, v in row.items()}
+                    rows.append({k: v if finite[k] else None for k, v in row.items()})
+    return [row for row in rows if row["step"] is not None]
 
 
 def log_metrics(accelerator, output_dir: Path, metrics: dict) -> None:
@@ -305,6 +306,20 @@ def log_metrics(accelerator, output_dir: Path, metrics: dict) -> None:
         ):
             stream.write(line)
     accelerator.log(metrics, step=metrics["step"])
+
+
+def log_titles(accelerator, titles: list[tuple[str, str]], step: int) -> None:
+    """Hand written and true titles to the trackers as a table, on the main process."""
+    columns = ("written", "true")
+    rows = [[printable(title) for title in pair] for pair in titles]
+    for tracker in accelerator.trackers:
+        if tracker.name == "wandb":
+            tracker.log_table("eval_titles", columns=list(columns), data=rows, step=step)
+        else:  # TensorBoard shows text as Markdown
+            cells = [[html.escape(c).replace("|", "&#124;") for c in row] for row in rows]
+            lines = [columns, ["--"] * len(columns), *cells]
+            text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            tracker.log({"eval_titles": text}, step=step)
 
 
 def flush(path: Path) -> None:
