@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import SCRIPTS
@@ -25,6 +26,7 @@ from run_folder import (
     file_sha256,
     locked,
     log_metrics,
+    log_titles,
     model_fingerprint,
     read_metrics,
     read_run_config,
@@ -235,6 +237,29 @@ def test_metrics_beyond_the_checkpoint_are_dropped_and_half_a_line_too(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {RUN_CONFIG, "metrics.jsonl", "tokenizer.json"}
     write_run(tmp_path, RECORD, Tokenizer(), {"completed_steps": 0, "evaluated_steps": 0})
     assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_titles_reach_each_kind_of_tracker_as_it_shows_them():
+    logged = []
+
+    class Tracker:
+        def __init__(self, name):
+            self.name = name
+
+        def log(self, values, step):
+            logged.append((self.name, values, step))
+
+        def log_table(self, name, columns, data, step):
+            logged.append((self.name, {name: [columns, *data]}, step))
+
+    accelerator = SimpleNamespace(trackers=[Tracker("tensorboard"), Tracker("wandb")])
+    log_titles(accelerator, [("un | <b>", "deux\x1b[2J")], 7)
+    table = "| written | true |\n| -- | -- |\n| un &#124; &lt;b&gt; | deux\\x1b[2J |"
+    rows = [["written", "true"], ["un | <b>", "deux\\x1b[2J"]]
+    assert logged == [
+        ("tensorboard", {"eval_titles": table}, 7),
+        ("wandb", {"eval_titles": rows}, 7),
+    ]
 
 
 def test_metrics_are_read_as_far_as_they_can_be(tmp_path):
