@@ -2,7 +2,7 @@
 
     python tests/benchmarks/bench_score.py --articles_file valid.csv.gz --output_dir runs/scores
 
-The articles are repeated until there are enough rows; five systems title each by 30 of its words,
+The articles are repeated until there are enough rows; each system titles each by 30 of its words,
 from its first, second, ... on. The record is `record.json` in the output folder; copy it to
 tests/benchmarks/results/.
 """
@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 from real_data import SCRIPTS, machine
 
-SYSTEMS, WORDS = 5, 30
+WORDS = 30
 EVERY = 0.1  # seconds between two looks at the processes
 
 
@@ -34,6 +34,7 @@ def parse_args():
     parser.add_argument("--articles_file", required=True, help="a .csv.gz with text, titles")
     parser.add_argument("--output_dir", required=True, help="new folder")
     parser.add_argument("--rows", type=int, nargs="+", default=[1_500, 100_000])
+    parser.add_argument("--systems", type=int, nargs="+", default=[5, 2], help="for each --rows")
     return parser.parse_args()
 
 
@@ -53,18 +54,19 @@ def main():
         "commit": ask_commit(),
         "rows": {},
     }
-    for rows in args.rows:
+    for rows, count in zip(args.rows, args.systems, strict=True):
         folder = out / str(rows)
         folder.mkdir()
         write(folder / "references.csv", ["text", "titles"], rows, articles, reference)
         systems = []
-        for start in range(SYSTEMS):
+        for start in range(count):
             systems.append(folder / f"from_word_{start + 1}.csv")
             write(systems[-1], ["ID", "titles"], rows, articles, words_from(start))
         command = ["score.py", "--references", folder / "references.csv", "--predictions"]
         command += [*systems, "--output_dir", folder / "out"]
         size = (folder / "references.csv").stat().st_size
-        record["rows"][rows] = {"file_mib": round(size / 2**20)} | measure(command)
+        figures = {"systems": count, "file_mib": round(size / 2**20)}
+        record["rows"][rows] = figures | measure(command)
         record["rows"][rows]["report_mib"] = round(
             (folder / "out/report.html").stat().st_size / 2**20, 1
         )
