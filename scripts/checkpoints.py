@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from exit_codes import UserError, note, writing
-from model_card import CARD, model_card
+from model_card import CARD, RESULTS, model_card, results_of
 from modeling import adapter_state_dict, load_adapter_weights
 from run_folder import (
     ADAPTER_CONFIG,
@@ -304,7 +304,11 @@ def save_adapter(model, state: dict, output_dir: Path) -> None:
             write_json(temporary / ADAPTER_CONFIG, config)
             for path in temporary.iterdir():
                 flush(path)
-            (temporary / CARD).write_text(model_card(run_config), encoding="utf-8")
+            # Of the same adapter, saved again, what is known of its titles stays true.
+            results = results_of(str(output_dir), file_sha256(temporary / ADAPTER_WEIGHTS))
+            if results is None:
+                (output_dir / RESULTS).unlink(missing_ok=True)
+            (temporary / CARD).write_text(model_card(run_config, results), encoding="utf-8")
             write_json(output_dir / RUN_CONFIG, run_config)
             for path in sorted(temporary.iterdir(), key=lambda path: path.name == ADAPTER_WEIGHTS):
                 os.replace(path, output_dir / path.name)  # the weights last: then all is there

@@ -47,9 +47,10 @@ def push(folder: str, repo_id: str) -> None:
     api, files = HfApi(), sorted(path for path in Path(folder).rglob("*") if path.is_file())
     names = {str(path.relative_to(folder)): path for path in files if not path.is_symlink()}
     card = Path(folder, CARD).read_text(encoding="utf-8")
-    run_config, results = read_run_config(folder), results_of(folder)
-    if card == model_card(run_config, results):  # else somebody has edited it
-        card = model_card(run_config, results, repo_id)  # which loads it by that name
+    run_config = read_run_config(folder)
+    for results in (None, results_of(folder)):
+        if card == model_card(run_config, results):  # else somebody has edited it
+            card = model_card(run_config, results, repo_id)  # which loads it by that name
     operations = [
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(names[name]))
         for name in filter_repo_objects(names, ignore_patterns=LEFT_OUT)

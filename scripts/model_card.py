@@ -180,7 +180,8 @@ def write_results(folder: str, run_config: dict, scores: dict, details: dict) ->
     Its own are those of which infer.py noted this adapter, or this merged model, by its hash. A
     card that somebody has edited is left as it is.
     """
-    name = own_system(Path(folder), run_config, details)
+    own = own_hash(Path(folder), run_config)
+    name = own_system(own, run_config, details)
     if name is None or "references" not in scores:
         return
     try:
@@ -189,7 +190,7 @@ def write_results(folder: str, run_config: dict, scores: dict, details: dict) ->
         raise UserError(
             Path(folder, RUN_CONFIG), f"no card can be made of it ({error!r})", "restore the file"
         ) from None
-    results = {"references": scores["references"], "rows": scores["rows"], "system": name}
+    results = {"of": own, "references": scores["references"], "rows": scores["rows"]}
     results |= {key: scores["predictions"][name][key] for key in SYSTEM_FIGURES}
     results["baselines"] = {
         name: {key: system[key] for key in ("rouge", "intervals")}
@@ -210,12 +211,14 @@ def write_results(folder: str, run_config: dict, scores: dict, details: dict) ->
         note(f"{card} was edited, and stays as it is; the results are in {RESULTS}")
 
 
-def results_of(folder: str) -> dict | None:
-    """Return what `write_results` left in a folder, if a card can be made of it."""
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, LookupError):
+def results_of(folder: str, of: str | None = None) -> dict | None:
+    """Return what `write_results` left in a folder, if a card can be made of it; and, if the hash
+    of an adapter is given, if they are that one's."""
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         results = json.loads(Path(folder, RESULTS).read_text(encoding="utf-8"))
         model_card(read_run_config(folder), results)
-        return results
+        if of in (None, results["of"]):
+            return results
     return None
 
 
@@ -228,15 +231,21 @@ def write_card(folder: Path, card: str) -> None:
         os.replace(temporary, folder / CARD)
 
 
-def own_system(folder: Path, run_config: dict, details: dict) -> str | None:
-    """Return the name of the predictions that were made with a folder's adapter or merged model."""
+def own_hash(folder: Path, run_config: dict) -> str | None:
+    """Return the hash by which infer.py notes a folder's model; None without an adapter."""
+    if run_config["kind"] == "merged":
+        return model_fingerprint(folder)
+    weights = folder / ADAPTER_WEIGHTS
+    return file_sha256(weights) if weights.is_file() else None
+
+
+def own_system(own: str | None, run_config: dict, details: dict) -> str | None:
+    """Return the name of the predictions that were made with the model of that hash."""
     merged = run_config["kind"] == "merged"
-    if not merged and not (folder / ADAPTER_WEIGHTS).is_file():
-        return None
     key = "model_fingerprint" if merged else "adapter_sha256"
-    own = model_fingerprint(folder) if merged else file_sha256(folder / ADAPTER_WEIGHTS)
     for name, found in details.items():
         record = found["record"] if found else {}
-        if record.get(key) == own and (not merged or record.get("adapter") is None):
+        # infer.py notes an adapter's base too, which may be a merged model.
+        if own is not None and record.get(key) == own and not (merged and record.get("adapter")):
             return name
     return None

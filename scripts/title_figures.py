@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -286,7 +287,7 @@ def _in_order(function, tasks: Iterator, processes: int) -> Iterator:
         return
     # Not by fork: the libraries here have threads, which would be lost with their locks held.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+    with ProcessPoolExecutor(processes, context, initializer=_end_with_parent) as pool:
         waiting = deque()
         try:
             for rows, arguments in tasks:
@@ -298,6 +299,16 @@ def _in_order(function, tasks: Iterator, processes: int) -> Iterator:
                 yield rows, future.result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is killed: it would wait for work for ever."""
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def describe(figures: Figures) -> dict:

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import call, read_csv
+from conftest import call, read_csv, train_args
 from test_run_folder import RECORD
 
 import infer
 import merge
 import score
+import train
 from exit_codes import UserError, printable
 from model_card import model_card, results_of
 from run_folder import read_run_config
@@ -169,7 +170,6 @@ def test_each_folder_gets_the_scores_of_its_own_titles(scored):
     scores = json.loads((scored / "scores.json").read_text(encoding="utf-8"))
     for name, folder in (("adapter", scored / "run"), ("merged", scored / "merged")):
         results = results_of(str(folder))
-        assert results["system"] == name
         assert results["rouge"] == scores["predictions"][name]["rouge"]
         assert results["baselines"].keys() == {"lead1"}
         card = (folder / "README.md").read_text(encoding="utf-8")
@@ -222,10 +222,26 @@ def test_an_edited_card_stays(scored, news, capsys):
         f"NOTE: {card} was edited, and stays as it is; the results are in"
         in capsys.readouterr().out
     )
-    assert results_of(str(scored / "merged"))["system"] == "merged"
+    assert results_of(str(scored / "merged")) is not None
     card.write_text(before, encoding="utf-8")
     score_again(scored, news, "--baselines", "lead1", "first3")
     assert "| first3 |" in card.read_text(encoding="utf-8")
+
+
+def test_results_stay_as_long_as_the_adapter_does(scored, tiny_model, news, tmp_path):
+    shutil.copytree(scored / "run", tmp_path / "run")
+    card = (tmp_path / "run/README.md").read_text(encoding="utf-8")
+    again = train_args(tiny_model, news, tmp_path / "run", "--resume_from_checkpoint", "latest")
+    call(train.main, *again)  # there is nothing left to do
+    assert (tmp_path / "run/README.md").read_text(encoding="utf-8") == card
+    results = results_of(str(tmp_path / "run"))
+    assert results is not None
+    for wrong in ({"of": "another"}, {"rouge": {}}, {"rows": "many"}):
+        (tmp_path / "run/results.json").write_text(json.dumps(results | wrong))
+        call(train.main, *again)
+        written = (tmp_path / "run/README.md").read_text(encoding="utf-8")
+        assert written == model_card(read_run_config(str(tmp_path / "run")))
+        assert not (tmp_path / "run/results.json").exists()
 
 
 def test_titles_of_another_adapter_are_nobodys_results(scored, trained, tmp_path):

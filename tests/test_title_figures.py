@@ -4,10 +4,15 @@ python -m pytest tests/test_title_figures.py
 """
 
 import random
+import signal
+import subprocess
+import sys
+import time
 
 import numpy
+import psutil
 import pytest
-from conftest import french_rows
+from conftest import SCRIPTS, french_rows, write_csv
 
 import title_figures
 from title_figures import Figures, describe, measure, rouge_rows
@@ -111,6 +116,27 @@ def test_rows_may_come_in_any_order_and_on_several_processes(monkeypatch):
                     assert numpy.array_equal(two[name].rouge[tokenizer][kind], values)
     expected = rouge_rows(systems["a"], true)["unicode"]["rouge1"]
     assert one["a"].rouge["unicode"]["rouge1"].tolist() == expected
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+def test_no_process_outlives_the_one_that_started_it(tmp_path, number):
+    rows = french_rows(3_000, seed=1)
+    file = write_csv(tmp_path / "r.csv", rows)
+    command = [sys.executable, SCRIPTS / "score.py", "--references", file, "--output_dir", tmp_path]
+    process = psutil.Popen(
+        [*command, "--predictions", file], stderr=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        while not (children := process.children()):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(number)
+        process.wait(timeout=60)
+        _, alive = psutil.wait_procs(children, timeout=60)
+        assert alive == []
+        assert not (tmp_path / "scores.json").exists()
+    finally:
+        process.kill()
 
 
 def test_a_row_takes_little_memory():
