@@ -35,7 +35,8 @@ FLAG_MEANINGS = {
     "looping": "three words in a row that come three times or more",
     "cut": "stopped by the limit of its length, by infer.py's own notes; - where there are none",
     "numbers": "a number, in figures or in words, that the article has in neither",
-    "names": "a word with a capital, not only for its place, that the article has in no form",
+    "names": "a word with a capital, not only for its place, that the article has in no form; or "
+    "names together that it has only apart",
     "quotations": "words between quotation marks that the article does not have one after another",
 }
 TRUE = "true titles"

@@ -95,7 +95,8 @@ class Article:
     def __init__(self, text: str):
         text = INITIALS.sub(lambda match: match[0].replace(".", ""), text)
         self.words = [fold(word) for word in WORD.findall(text)]
-        self.stems = set(map(stem, self.words))
+        stems = list(map(stem, self.words))
+        self.stems, self.text = set(stems), f" {' '.join(stems)} "
         self.numbers = {value for _, values in numbers_in(text, True) for value in values}
 
     def lacks_numbers(self, title: str) -> list[str]:
@@ -104,18 +105,31 @@ class Article:
         return _unique(number for number, values in found if self.numbers.isdisjoint(values))
 
     def lacks_names(self, title: str) -> list[str]:
-        """Return the names of a title that hold a word which the article has not.
+        """Return the names of a title that hold a word which the article has not, and names one
+        after another of which no two follow each other there: of two people, one was made.
 
         Accents, capitals, and a plural or feminine ending make no difference: what is
         "américaine" comes from "Américains".
         """
-        return _unique(
-            name
-            for name in names_in(title)
-            if any(
-                stem(fold(part)) not in self.stems for part in WORD.findall(name) if len(part) > 1
-            )
-        )
+        missing = []
+        for run in names_in(title):
+            parts = [[stem(fold(part)) for part in WORD.findall(name)] for name in run]
+            new = [
+                name
+                for name, stems in zip(run, parts, strict=True)
+                if any(part not in self.stems for part in stems if len(part) > 1)
+            ]
+            # "Le Parisien" may well be "au Parisien" there.
+            pairs = [
+                f" {one[-1]} {two[0]} "
+                for name, one, two in zip(run, parts, parts[1:], strict=False)
+                if name.lower() not in FUNCTION_WORDS
+            ]
+            if new:
+                missing += new
+            elif pairs and not any(pair in self.text for pair in pairs):
+                missing.append(" ".join(run))
+        return _unique(missing)
 
     def lacks_quotations(self, title: str) -> list[str]:
         """Return the quotations of two words or more that the article has not word for word."""
@@ -129,8 +143,9 @@ class Article:
         return _unique(missing)
 
 
-def names_in(title: str) -> list[str]:
-    """Return the words of a title that are written as names.
+def names_in(title: str) -> list[list[str]]:
+    """Return the words of a title that are written as names; those that follow each other at once
+    are together.
 
     Those are words with a capital, and after an elision too (l'Élysée). The first word of a title
     or of a sentence in it, or after a colon or an opening quote, has one anyway: it counts where
@@ -143,7 +158,7 @@ def names_in(title: str) -> list[str]:
     shouted = [token[0].isupper() for token in tokens if any(map(str.isalpha, token[0]))]
     if len(shouted) > 3 and sum(shouted) > len(shouted) / 2:
         return []
-    names = []
+    names, end = [], None
     for position, token in enumerate(tokens):
         word, elided = token[0], False
         while match := ELISION.match(word):
@@ -163,7 +178,11 @@ def names_in(title: str) -> list[str]:
             followed = followed and not title[token.end() : following.start()].strip()
             if not inside and (not followed or word.lower() in FUNCTION_WORDS):
                 continue
-        names.append(word)
+        if end is not None and title[end : token.start()] == " " and not elided:
+            names[-1].append(word)
+        else:
+            names.append([word])
+        end = token.end()
     return names
 
 

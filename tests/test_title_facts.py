@@ -21,7 +21,8 @@ ARTICLE = Article(
     "Le président Emmanuel Macron a reçu mardi à l’Élysée 1.200 maires. Les Américains, dit-il, "
     "« n’ont rien à craindre (...) de nous ». Deux morts à Nîmes le 1er juin et 24 blessés vers "
     "20h30, soit 3,5 % de plus : la SNCF, la S.N.S.M. et l'ex-FN se taisent. C'est la deuxième "
-    "fois. Coût : 3.000.000 d'euros, contre quatre-vingt-dix-neuf hier."
+    "fois. Coût : 3.000.000 d'euros, contre quatre-vingt-dix-neuf hier. Présents : Paul Petit, "
+    "Anne Petit, Jean-Luc Grand."
 )
 
 
@@ -153,7 +154,7 @@ def test_a_number_may_be_read_in_more_than_one_way():
     ],
 )
 def test_what_is_written_as_a_name(title, names):
-    assert names_in(title) == names
+    assert [name for run in names_in(title) for name in run] == names
 
 
 @pytest.mark.parametrize(
@@ -167,6 +168,12 @@ def test_what_is_written_as_a_name(title, names):
         ("Le maire de Marseille et Brigitte Macron", ["Marseille", "Brigitte"]),
         ("Le patron de la RATP", ["RATP"]),
         ("Paris, Paris, Londres et Paris", ["Paris", "Londres"]),
+        ("Un maire, Paul Petit, et Anne Petit", []),
+        ("Un maire, Anne Grand", ["Anne Grand"]),  # of two people, one was made
+        ("Un maire, Jean-Luc Petit", ["Jean-Luc Petit"]),
+        ("Anne, Grand et l'Anne", []),
+        ("Le maire de Nîmes Paul Petit", []),
+        ("Selon Le Petit, Paul Petit", []),
     ],
 )
 def test_names_that_the_article_has_not(title, missing):
