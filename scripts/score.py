@@ -72,7 +72,9 @@ def main(argv=None) -> int:
         raise UserError(f"--baselines {doubled}", "a second row of that name", "leave one out")
     if args.compare_to not in (None, *names):
         raise UserError(
-            f"--compare_to {args.compare_to}", "there is no such row", f"give one of {names}"
+            f"--compare_to {args.compare_to}",
+            "there is no such row",
+            f"give one of {', '.join(names)}",
         )
     runs = {folder: (read_run_config(folder), read_metrics(folder)) for folder in args.runs}
     scores, details, measured = {}, {}, None
