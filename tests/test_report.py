@@ -19,6 +19,7 @@ from test_run_folder import RECORD
 
 import report
 import score
+from plots import ticks
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
@@ -214,8 +215,8 @@ def test_colours_can_be_told_apart():
     [(0.31, [0, 0.1, 0.2, 0.3, 0.4]), (1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0, [0, 1])],
 )
 def test_axes_have_round_numbers(top, marks):
-    assert report.ticks(top) == pytest.approx(marks)
-    assert report.ticks(marks[-1])[-1] == pytest.approx(marks[-1])
+    assert ticks(top) == pytest.approx(marks)
+    assert ticks(marks[-1])[-1] == pytest.approx(marks[-1])
 
 
 # --- In a browser --------------------------------------------------------------------------------
