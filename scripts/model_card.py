@@ -232,9 +232,9 @@ def write_card(folder: Path, card: str) -> None:
 
 
 def own_hash(folder: Path, run_config: dict) -> str | None:
-    """Return the hash by which infer.py notes a folder's model; None without an adapter."""
+    """Return the hash by which infer.py notes a folder's model; None without a model."""
     if run_config["kind"] == "merged":
-        return model_fingerprint(folder)
+        return model_fingerprint(folder) if (folder / "config.json").is_file() else None
     weights = folder / ADAPTER_WEIGHTS
     return file_sha256(weights) if weights.is_file() else None
 

@@ -138,14 +138,8 @@ def read_files(args, files: dict[str, str]) -> tuple:
         predictions[name] = align(checked[f"predictions {name}"], titles, first, rows)
         details[name] = read_details(path, ids, predictions[name])
     references = None if references is None else list(references.values())
-    return (
-        ids,
-        references,
-        predictions,
-        articles and (articles, texts, split, rows),
-        checked,
-        details,
-    )
+    articles = articles and (articles, texts, split, rows)
+    return ids, references, predictions, articles, checked, details
 
 
 def name_files(arguments: list[str]) -> dict[str, str]:
@@ -294,17 +288,16 @@ def score_files(args, names, ids, references, predictions, articles, checked, de
     cut = {name: found["cut"] for name, found in details.items() if found}
     texts = articles and iterate_texts(*articles)
     figures, texts, written = measure(references, predictions, cut, texts, args.baselines, sample)
-    facts = {what: vars(file) for what, file in checked.items()}
-    facts = {what: {k: v for k, v in f.items() if k != "has_ids"} for what, f in facts.items()}
     scores = {"rows": len(ids)}
     if articles:
-        scores["articles"] = facts["articles"]
+        scores["articles"] = file_facts(checked["articles"])
     if references is not None:
-        scores["references"] = facts["references"] | describe(figures[None])
-    scores["predictions"] = {
-        name: facts.get(f"predictions {name}", {"baseline": name}) | describe(figures[name])
-        for name in names
-    }
+        scores["references"] = file_facts(checked["references"]) | describe(figures[None])
+    scores["predictions"] = {}
+    for name in names:
+        file = checked.get(f"predictions {name}")
+        source = file_facts(file) if file else {"baseline": name}
+        scores["predictions"][name] = source | describe(figures[name])
     for name, found in details.items():
         if found:
             made_by = {key: found["record"].get(key) for key in MADE_BY}
@@ -322,6 +315,10 @@ def score_files(args, names, ids, references, predictions, articles, checked, de
     }
     shown = {"rows": sample, "ids": ids, "texts": texts, "titles": titles | written}
     return scores, figures, shown
+
+
+def file_facts(checked: Checked) -> dict:
+    return {"path": checked.path, "rows": checked.rows, "sha256": checked.sha256}
 
 
 def add_rouge(scores: dict, figures: dict, compare_to: str) -> None:

@@ -19,7 +19,7 @@ from test_run_folder import RECORD
 
 import report
 import score
-from plots import ticks
+from plots import plot_curve, ticks
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
@@ -168,6 +168,33 @@ def test_a_report_of_runs_alone(tmp_path):
     assert elements.open == []
     assert len(elements.all("svg")) == 2  # no memory record
     assert "<h1>Training of a, b</h1>" in (tmp_path / "out/report.html").read_text()
+
+
+def test_a_merged_model_has_no_curves_and_not_its_runs_memory(tmp_path):
+    run = make_run(tmp_path / "merged", MEMORY)
+    (run / "metrics.jsonl").unlink()
+    record = json.loads((run / "run_config.json").read_text())
+    record |= {"kind": "merged", "merge_check": {"relative_difference": 0.0126}}
+    (run / "run_config.json").write_text(json.dumps(record))
+    score.main(["--runs", str(run), "--output_dir", str(tmp_path)])
+    assert Elements(tmp_path / "report.html").all("svg") == []
+    assert "logits differ by 1.26%" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("count", "labelled"), [(5, 5), (20, 1)])
+def test_marks_on_a_curve_do_not_cover_each_other(count, labelled):
+    rows = [{"step": step, "eval_rougeL": 0.2} for step in range(count)]
+    drawn = plot_curve("a", "ROUGE-L", rows, "eval_rougeL", [])
+    assert drawn.count("<circle") == count
+    assert drawn.count('class="strong"') == labelled
+
+
+def test_a_long_curve_is_thinned_to_means():
+    rows = [{"step": step, "loss": step % 2} for step in range(1, 4_001)]
+    points = re.search(r'points="(.*?)" class="curve"', plot_curve("a", "L", rows, "loss", []))[1]
+    heights = {float(point.split(",")[1]) for point in points.split()}
+    assert len(points.split()) == 400
+    assert len(heights) == 1  # each is the mean of five noughts and five ones
 
 
 @pytest.mark.parametrize(
