@@ -84,12 +84,14 @@ def masthead(scores: dict, runs: dict) -> str:
         count, systems = scores["rows"], len(scores["predictions"])
         headline = f"Titles for {count:,} articles, by {systems} system{'s' * (systems != 1)}"
         against = scores.get("references", scores.get("articles"))["path"]
-        deck = f"{'Scored against' if 'references' in scores else 'Beside'} {text(against)}."
+        scored = "references" in scores
+        deck = f"{'Scored against' if scored else 'Without true titles, for'} {text(against)}."
     else:
         headline = f"Training of {', '.join(text(Path(folder).name) for folder in runs)}"
         deck = "Nothing has been scored."
-    links = [("scores", "Scores"), ("titles", "Titles"), ("list", "Article by article")]
-    links = (links if scores else []) + ([("run-0", "Training")] if runs else [])
+    links = [("scores", "Scores")] * ("references" in scores)
+    links += [("titles", "Titles"), ("list", "Article by article")] * bool(scores)
+    links += [("run-0", "Training")] * bool(runs)
     links = "".join(f'<a href="#{anchor}">{name}</a>' for anchor, name in links)
     return (
         f'<header><p class="name">Manchette</p><h1>{headline}</h1><p class="deck">{deck}</p>'

@@ -113,10 +113,12 @@ def test_tables_and_plots_can_be_read_aloud(page):
     assert all(th.get("scope") in ("row", "col") for th in elements.all("th"))
     plots = elements.all("svg")
     assert len(plots) == 6  # scores, lengths, languages; loss, ROUGE-L, memory
-    ids = {attributes["id"] for _, attributes in elements.found if "id" in attributes}
+    ids = [attributes["id"] for _, attributes in elements.found if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert {link["href"].removeprefix("#") for link in elements.all("a")} <= set(ids)
     for plot in plots:
         assert plot["role"] == "img"
-        assert set(plot["aria-labelledby"].split()) <= ids
+        assert set(plot["aria-labelledby"].split()) <= set(ids)
     described = re.findall(r"<desc [^>]*>(.*?)</desc>", text)
     assert "full fine-tuning 80.0 GiB; LoRA 16.0 GiB; QLoRA 6.0 GiB" in described[-1]
     assert "this run, expected 7.5 GiB; this run, measured 7.0 GiB" in described[-1]
@@ -412,5 +414,7 @@ def test_without_scores_the_list_is_there_all_the_same(tmp_path):
     score.main([*options, "--output_dir", str(tmp_path)])
     steps = "seen.titles = [...document.querySelectorAll('.title')].map((e) => e.textContent);"
     seen, _ = browse(tmp_path / "report.html", tmp_path, steps)
+    links = [link["href"] for link in Elements(tmp_path / "report.html").all("a")]
+    assert links == ["#titles", "#list"]
     assert len(seen["titles"]) == 3
     assert seen["titles"][0].startswith(rows[0]["titles"])
