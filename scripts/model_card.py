@@ -96,7 +96,9 @@ def metadata(run_config: dict, results: dict | None, name: str) -> str:
     """Return the card's YAML, by the Hub's own library."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    merged = run_config["kind"] == "merged"
+    merged, base = run_config["kind"] == "merged", printable(run_config["base_model"])
+    # The Hub refuses a card that names a folder of somebody's machine as its base.
+    elsewhere = name != "." and (Path(base).exists() or not HUB_DATASET.fullmatch(base))
     path = run_config["data"].get("train", {}).get("path")
     hub_dataset = isinstance(path, str) and HUB_DATASET.fullmatch(path)
     evaluations = []
@@ -115,7 +117,7 @@ def metadata(run_config: dict, results: dict | None, name: str) -> str:
             for kind, shown in (("rougeL", "ROUGE-L"), ("rouge1", "ROUGE-1"), ("rouge2", "ROUGE-2"))
         ]
     data = ModelCardData(
-        base_model=printable(run_config["base_model"]),
+        base_model=None if elsewhere else base,
         language="fr",
         library_name="transformers" if merged else "peft",
         pipeline_tag="text-generation",

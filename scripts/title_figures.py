@@ -136,7 +136,8 @@ def measure(
             titles = {name: [titles[row] for row, _ in chunk] for name, titles in systems.items()}
             yield [row for row, _ in chunk], ([text for _, text in chunk], true, titles, baselines)
 
-    processes = min(8, len(os.sched_getaffinity(0)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    processes = min(8, cores)
     if rows * len(figures) < FEW_TITLES:
         processes = 1
     # To a terminal or a log, once it has taken 2 seconds.

@@ -75,6 +75,7 @@ def test_a_run_is_pushed_whole_and_private(hub, run_dir, capsys):
     card = files["README.md"].decode()
     assert card == model_card(read_run_config(str(run_dir)), None, "owner/titles")
     assert "model='owner/titles'" in card
+    assert "base_model" not in card.split("---")[1]  # it is a folder of this machine
     assert "hf_secret" not in str(files)
     assert "/etc/passwd" not in str(files)
     assert "pushed to" in capsys.readouterr().out

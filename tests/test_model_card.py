@@ -127,6 +127,17 @@ def test_results_are_metadata_and_a_table(record):
     assert "model='owner/titles'" in card
 
 
+@pytest.mark.parametrize(
+    ("base", "named"), [("owner/base", "owner/base"), ("/models/base", None), ("base", None)]
+)
+def test_on_the_hub_a_base_is_named_only_if_it_is_there(record, base, named):
+    from huggingface_hub import ModelCard
+
+    record["base_model"] = base
+    assert ModelCard(model_card(record, None, "owner/titles")).data.base_model == named
+    assert ModelCard(model_card(record)).data.base_model == base  # as long as it lies here
+
+
 def test_the_data_is_named_only_if_the_hub_has_it(record):
     from huggingface_hub import ModelCard
 
