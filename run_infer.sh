@@ -54,7 +54,7 @@ infer untuned --model_name_or_path "$MODEL" --prompt_file "$PROMPT_FILE" "$@"
 infer adapter --run_dir "$RUN_DIR" "$@"
 python scripts/merge.py --run_dir "$RUN_DIR" --output_dir "$OUTPUT_DIR/merged"
 infer merged --run_dir "$OUTPUT_DIR/merged" "$@"
-NAMES=($(grep -oE -- '--(text|id)_column[ =][^ ]+' <<< "$*" || true))  # of columns, for both
+NAMES="$(grep -oE -- '--(text|id)_column[ =][^ ]+' <<< "$*" || true)"  # of columns, for both
 python scripts/score.py ${REFERENCES:+--references "$REFERENCES"} --articles "$INPUT_FILE" \
   --predictions "$OUTPUT_DIR"/{untuned,adapter,merged}.csv --runs "$RUN_DIR" "$OUTPUT_DIR/merged" \
-  --baselines lead1 first40 ${REFERENCES:+ext-oracle} "${NAMES[@]}" --output_dir "$OUTPUT_DIR"
+  --baselines lead1 first40 ${REFERENCES:+ext-oracle} $NAMES --output_dir "$OUTPUT_DIR"
