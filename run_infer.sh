@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# The report's other steps: titles of a test file without fine-tuning, with the adapter, merge,
-# titles of the merged model, and the scores side by side.
+# The report's other steps: titles without fine-tuning, with it, merge, titles merged, a report.
 #
 #   bash run_infer.sh                        the demo, after bash run_train.sh; about 1 minute
 #   RUN_DIR=... INPUT_FILE=... REFERENCES=... bash run_infer.sh         (more options: --help)
@@ -27,7 +26,7 @@ MODEL="${MODEL:-$DEMO/model}"                 # the base of the run
 PROMPT_FILE="${PROMPT_FILE:-prompts/fr.txt}"  # for the base without fine-tuning
 RUN_DIR="${RUN_DIR:-}"                        # what run_train.sh wrote
 INPUT_FILE="${INPUT_FILE:-}"                  # articles
-REFERENCES="${REFERENCES:-}"                  # their true titles; empty: no scores
+REFERENCES="${REFERENCES:-}"                  # their true titles; empty: a report without scores
 OUTPUT_DIR="${OUTPUT_DIR:-}"                  # where titles, merged model and scores go
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-0}"  # 1 on nodes without a network
 
@@ -55,5 +54,7 @@ infer untuned --model_name_or_path "$MODEL" --prompt_file "$PROMPT_FILE" "$@"
 infer adapter --run_dir "$RUN_DIR" "$@"
 python scripts/merge.py --run_dir "$RUN_DIR" --output_dir "$OUTPUT_DIR/merged"
 infer merged --run_dir "$OUTPUT_DIR/merged" "$@"
-[ -z "$REFERENCES" ] || python scripts/score.py --references "$REFERENCES" \
-  --predictions "$OUTPUT_DIR"/{untuned,adapter,merged}.csv --output_dir "$OUTPUT_DIR"
+NAMES="$(grep -oE -- '--(text|id)_column[ =][^ ]+' <<< "$*" || true)"  # of columns, for both
+python scripts/score.py ${REFERENCES:+--references "$REFERENCES"} --articles "$INPUT_FILE" \
+  --predictions "$OUTPUT_DIR"/{untuned,adapter,merged}.csv --runs "$RUN_DIR" "$OUTPUT_DIR/merged" \
+  --baselines lead1 first40 ${REFERENCES:+ext-oracle} $NAMES --output_dir "$OUTPUT_DIR"

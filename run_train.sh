@@ -51,3 +51,4 @@ ARGS=(--model_name_or_path "$MODEL" --train_file "$TRAIN_FILE" --prompt_file "$P
   ${VALIDATION_FILE:+--validation_file "$VALIDATION_FILE"} --output_dir "$RUN_DIR"
   --resume_from_checkpoint latest)  # what was stopped goes on
 launch scripts/train.py "${ARGS[@]}" "$@"
+python scripts/score.py --runs "$RUN_DIR" --output_dir "$RUN_DIR"  # its curves, as a page

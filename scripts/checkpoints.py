@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from exit_codes import UserError, note, writing
+from model_card import CARD, RESULTS, model_card, results_of
 from modeling import adapter_state_dict, load_adapter_weights
 from run_folder import (
     ADAPTER_CONFIG,
@@ -25,7 +26,6 @@ from run_folder import (
     check_output_dir,
     file_sha256,
     flush,
-    model_card,
     read_run_config,
     write_json,
 )
@@ -307,7 +307,11 @@ def save_adapter(model, state: dict, peak: int, output_dir: Path) -> None:
             write_json(temporary / ADAPTER_CONFIG, config)
             for path in temporary.iterdir():
                 flush(path)
-            (temporary / "README.md").write_text(model_card(run_config), encoding="utf-8")
+            # Of the same adapter, saved again, what is known of its titles stays true.
+            results = results_of(str(output_dir), file_sha256(temporary / ADAPTER_WEIGHTS))
+            if results is None:
+                (output_dir / RESULTS).unlink(missing_ok=True)
+            (temporary / CARD).write_text(model_card(run_config, results), encoding="utf-8")
             write_json(output_dir / RUN_CONFIG, run_config)
             for path in sorted(temporary.iterdir(), key=lambda path: path.name == ADAPTER_WEIGHTS):
                 os.replace(path, output_dir / path.name)  # the weights last: then all is there
@@ -329,6 +333,7 @@ def _differences(recorded: dict, current: dict) -> list[str]:
     """Return what would make a resumed run another run."""
     free = ("output_dir", "resume_from_checkpoint", "resume_anyway", "max_time", "report_to")
     free += ("save_total_limit", "per_device_train_batch_size", "gradient_accumulation_steps")
+    free += ("push_to_hub",)
     # Of these, the contents are compared.
     free += ("train_file", "validation_file", "prompt_file", "model_name_or_path")
     before = {k: v for k, v in recorded["arguments"].items() if k not in free}

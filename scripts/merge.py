@@ -17,6 +17,8 @@ from pathlib import Path
 
 from articles import Columns, check_articles, iterate_articles
 from exit_codes import UserError, run
+from hub import check_hub, push
+from model_card import CARD, model_card
 from prompting import PROBE, end_ids, load_tokenizer, prompt_of_run
 from run_folder import (
     ADAPTER_CONFIG,
@@ -28,7 +30,6 @@ from run_folder import (
     check_model_folder,
     check_output_dir,
     file_sha256,
-    model_card,
     note_override,
     read_run_config,
     resolve_model_folder,
@@ -52,6 +53,7 @@ def parse_args(argv=None):
     add("--check_rows", type=int, default=4, help="so many of them; 0: no check")
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", required=True, help="the merged model's folder, new or empty")
+    add("--push_to_hub", metavar="OWNER/NAME", help="at the end, as a private model of the Hub")
     args = parser.parse_args(argv)
     if args.check_rows < 0:
         parser.error(f"--check_rows {args.check_rows}: give a number from 0")
@@ -62,6 +64,7 @@ def main(argv=None):
     args = parse_args(argv)
 
     # ------------------------------------------------------------------ check all input first
+    check_hub(args.push_to_hub)
     run_config = read_run_config(args.run_dir)
     if run_config["kind"] != "adapter" or not Path(args.run_dir, ADAPTER_WEIGHTS).is_file():
         raise UserError(args.run_dir, f"no {ADAPTER_WEIGHTS} to merge", "give a folder of train.py")
@@ -81,6 +84,8 @@ def main(argv=None):
     adapter_sha256 = file_sha256(Path(args.run_dir, ADAPTER_WEIGHTS))
     if is_merged(args.output_dir, adapter_sha256, args.base):
         print(f"{args.output_dir} is there already, made of the same adapter: nothing to do")
+        if args.push_to_hub:
+            push(args.output_dir, args.push_to_hub)
         return
     check_output_dir(args.output_dir)
     texts = check_texts(args, run_config)
@@ -134,11 +139,13 @@ def main(argv=None):
                 f"{check['same_next_token']:.1%} of {check['positions']:,} positions"
             )
         write_json(temporary / RUN_CONFIG, run_config)
-        (temporary / "README.md").write_text(model_card(run_config), encoding="utf-8")
+        (temporary / CARD).write_text(model_card(run_config), encoding="utf-8")
         os.rename(temporary, output_dir)  # which was checked to be empty, if it is there
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     print(f"done: {args.output_dir}, adapter merged into the {args.base} base")
+    if args.push_to_hub:
+        push(args.output_dir, args.push_to_hub)
 
 
 def merge_adapter(base_folder: Path, adapter_dir: Path, output_dir: Path, base: str, dtype) -> None:

@@ -7,13 +7,13 @@ it. It holds the adapter, the tokenizer, `run_config.json`, `metrics.jsonl`, a m
 
 import fcntl
 import hashlib
+import html
 import importlib.metadata
 import importlib.util
 import json
 import math
 import os
 import platform
-import re
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -35,7 +35,6 @@ PROMPT_SETTINGS |= {"max_length": int, "max_title_tokens": int}
 # that a model brings, and takes a "y" that was meant for something else.
 OWN_FILES_ONLY = {"trust_remote_code": False, "local_files_only": True}
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
-PLAIN_NAME = re.compile(r"[A-Za-z0-9_./][A-Za-z0-9_./-]*")  # that needs no quotes in YAML
 SAMPLED_BYTES = 1 << 20  # of each weight file that go into its fingerprint
 # With this package, bitsandbytes at its import, and transformers for a config.json that asks for
 # it, fetch compiled code from the Hub and run it. None makes both believe that there is none.
@@ -277,6 +276,24 @@ def _still_true(line: str, state: dict) -> bool:
         return False
 
 
+def read_metrics(run_dir: str) -> list[dict]:
+    """Return the rows of metrics.jsonl, finite numbers or None; no row of a merged folder.
+
+    A row that is torn or damaged is left out, for what is left can be shown all the same.
+    """
+    file, rows = Path(run_dir, METRICS), []
+    if not file.is_file():
+        return rows
+    with file.open(encoding="utf-8", errors="replace") as stream:
+        for line in stream:
+            with suppress(ValueError, RecursionError):
+                row = json.loads(line)
+                if isinstance(row, dict) and type(row.get("step")) is int:
+                    finite = {k: type(v) in (int, float) and abs(v) < 1e15 for k, v in row.items()}
+                    rows.append({k: v if finite[k] else None for k, v in row.items()})
+    return [row for row in rows if row["step"] is not None]
+
+
 def log_metrics(accelerator, output_dir: Path, metrics: dict) -> None:
     """Append a row to metrics.jsonl and hand it to the trackers, on the main process."""
     if accelerator.is_main_process:
@@ -289,6 +306,20 @@ def log_metrics(accelerator, output_dir: Path, metrics: dict) -> None:
         ):
             stream.write(line)
     accelerator.log(metrics, step=metrics["step"])
+
+
+def log_titles(accelerator, titles: list[tuple[str, str]], step: int) -> None:
+    """Hand written and true titles to the trackers as a table, on the main process."""
+    columns = ("written", "true")
+    rows = [[printable(title) for title in pair] for pair in titles]
+    for tracker in accelerator.trackers:
+        if tracker.name == "wandb":
+            tracker.log_table("eval_titles", columns=list(columns), data=rows, step=step)
+        else:  # TensorBoard shows text as Markdown
+            cells = [[html.escape(c).replace("|", "&#124;") for c in row] for row in rows]
+            lines = [columns, ["--"] * len(columns), *cells]
+            text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            tracker.log({"eval_titles": text}, step=step)
 
 
 def flush(path: Path) -> None:
@@ -348,60 +379,6 @@ def _lock(file: Path, what: str) -> int:
                 os.write(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode())
                 return descriptor
         os.close(descriptor)
-
-
-def model_card(run_config: dict) -> str:
-    """Return the README of a run or merged folder.
-
-    A merge writes it from the record of a run folder that somebody else may have made: no value
-    of it gets to be YAML, Markdown or HTML.
-    """
-    arguments, merged = run_config["arguments"], run_config["kind"] == "merged"
-    names = ("lora_r", "lora_alpha", "lora_dropout", "learning_rate", "warmup_ratio")
-    names += ("max_grad_norm", "num_train_epochs", "max_length", "seed")
-    rows = "\n".join(f"| {name} | {_quoted(arguments[name])} |" for name in names)
-    splits = run_config["data"].items()
-    data = "\n".join(f"- {_quoted(split)}: {file['rows']:,} rows" for split, file in splits)
-    base = printable(run_config["base_model"])
-    template, step = run_config["prompt"]["template"], _quoted(run_config["adapter_step"])
-    fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", template)), 0)
-    return f"""---
-base_model: {base if PLAIN_NAME.fullmatch(base) else json.dumps(base, ensure_ascii=False)}
-language: fr
-library_name: {"transformers" if merged else "peft"}
-pipeline_tag: text-generation
----
-
-# Titles for French news articles
-
-{"A model with its LoRA adapter merged in" if merged else "A LoRA adapter"}, trained with QLoRA on
-top of {_quoted(base, code=True)} (fingerprint {_quoted(run_config["base_fingerprint"])}).
-
-## Prompt
-
-{fence}
-{template}
-{fence}
-
-## Data
-
-{data}
-
-## Training
-
-| setting | value |
-|--|--|
-| articles per update | {_quoted(run_config["articles_per_update"])} |
-{rows}
-
-After update {step}; all else is in `{RUN_CONFIG}` and `metrics.jsonl`.
-"""
-
-
-def _quoted(value, code: bool = False) -> str:
-    """Return a value for a line of Markdown: plain words as they are, all else as code."""
-    text = printable(str(value)).replace("`", "'").replace("|", "¦")  # these would end a code span
-    return text if not code and PLAIN_NAME.fullmatch(text.replace(" ", "_")) else f"`{text}`"
 
 
 def resolve_model_folder(name: str) -> Path:

@@ -43,12 +43,17 @@ class TitleRouge(evaluate.Metric):
 
     def _compute(self, predictions, references, tokenizer="default", use_aggregator=True):
         scorer = rouge_scorer.RougeScorer(ROUGE_TYPES, tokenizer=TOKENIZERS[tokenizer])
-        # rougeLsum pairs sentences, one a line. A title is one line and then it equals rougeL;
-        # the two differ only where a title holds newlines.
+        # rougeLsum pairs sentences, one a line. A title is one line, where it equals rougeL and
+        # would take as long again; the two differ only where a title holds newlines.
+        of_lines = rouge_scorer.RougeScorer(ROUGE_TYPES[:-1], tokenizer=TOKENIZERS[tokenizer])
         rows = [
             scorer.score(target=reference, prediction=prediction)
+            if "\n" in reference or "\n" in prediction
+            else of_lines.score(target=reference, prediction=prediction)
             for reference, prediction in zip(references, predictions, strict=True)
         ]
+        for row in rows:
+            row.setdefault("rougeLsum", row["rougeL"])
         scores = {name: [row[name].fmeasure for row in rows] for name in ROUGE_TYPES}
         if not use_aggregator:
             return scores

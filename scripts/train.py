@@ -19,6 +19,7 @@ from pathlib import Path
 
 from articles import Columns, check_articles, open_articles
 from exit_codes import STOPPED, note, printable, run
+from hub import check_hub, push
 from hygiene import Survey, report_rows, report_titles
 from machine import check_devices
 from prompting import PROMPTS, Prompt, load_tokenizer, read_template
@@ -30,12 +31,14 @@ from run_folder import (
     check_tracker,
     locked,
     log_metrics,
+    log_titles,
     resolve_model_folder,
     start_run,
     write_run,
 )
 from stopping import StopRequest
 
+LOGGED_TITLES = 16  # of each evaluation, that a tracker is given as text
 MAX_SKIPPED_IN_A_ROW = 5  # updates whose gradient is not finite, before the run gives up
 
 
@@ -87,6 +90,7 @@ def parse_args(argv=None):
     add("--metric_for_best_model", choices=["loss", "rougeL"], default="loss", help="validation's")
     add("--num_eval_titles", type=int, default=32, help="validation titles to write and score")
     add("--report_to", choices=["none", "tensorboard", "wandb"], default="none", help="tracker")
+    add("--push_to_hub", metavar="OWNER/NAME", help="at the end, as a private model of the Hub")
     args = parser.parse_args(argv)
 
     for name, value in vars(args).items():
@@ -114,6 +118,7 @@ def main(argv=None):
     template = read_template(args.prompt_file)
     check_model_folder(args.model_name_or_path)
     check_tracker(args.report_to)
+    check_hub(args.push_to_hub)
     check_links(Path(args.output_dir).rglob("*"))
     if not args.resume_from_checkpoint:  # else `find_checkpoint` looks at what is there
         check_output_dir(args.output_dir)
@@ -384,6 +389,8 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop):
         f"done: {output_dir}; {state['skipped_steps']:,} updates skipped, peak memory "
         f"{describe_peak(accelerator.device)}"
     )
+    if args.push_to_hub and accelerator.is_main_process:
+        push(args.output_dir, args.push_to_hub)
     return None
 
 
@@ -411,7 +418,7 @@ def evaluate(accelerator, model, make_batch, prompt, articles, args, state, stop
 
     from batching import deal
     from infer import generate_titles
-    from score import score_titles
+    from title_figures import rouge_means
 
     rank, world_size = accelerator.process_index, accelerator.num_processes
     unwrapped = accelerator.unwrap_model(model).eval()
@@ -448,8 +455,8 @@ def evaluate(accelerator, model, make_batch, prompt, articles, args, state, stop
     figures = {"eval_loss": loss_sum / num_tokens}
     if titles := gather_object(titles):
         predictions, references = zip(*titles, strict=True)
-        rouge = score_titles(predictions, references, language=False)["rouge"]
-        figures["eval_rougeL"] = rouge["default"]["rougeL"]
+        figures["eval_rougeL"] = rouge_means(predictions, references)["default"]["rougeL"]
+        log_titles(accelerator, titles[:LOGGED_TITLES], state["completed_steps"])
         for prediction, reference in titles[:3]:
             shown = f"\n  written: {printable(prediction)}\n  true:    {printable(reference)}"
             accelerator.print(shown)

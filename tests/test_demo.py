@@ -40,6 +40,20 @@ def test_the_table_tells_the_reports_story(demo):
         )
 
 
+def test_both_launchers_leave_a_report(demo):
+    folder, printed = demo
+    assert printed.splitlines()[-1] == f"report: {folder / 'out/report.html'}"
+    assert (
+        "<h1>Titles for 100 articles, by 6 systems</h1>" in (folder / "out/report.html").read_text()
+    )
+    assert "<h1>Training of run</h1>" in (folder / "run/report.html").read_text()
+    scores = json.loads((folder / "out/scores.json").read_text())["predictions"]
+    for name, place in (("adapter", "run"), ("merged", "out/merged")):
+        card = (folder / place / "README.md").read_text()
+        low, high = scores[name]["intervals"]["default"]["rougeL"]
+        assert f"({low:.4f} to {high:.4f}) |" in card
+
+
 def test_each_system_has_titled_every_held_out_article(demo):
     folder, _ = demo
     ids = [row["ID"] for row in read_csv(folder / "demo/test.csv")]

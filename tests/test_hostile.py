@@ -557,6 +557,28 @@ def test_scores_replace_a_link_and_not_what_it_names(news, tmp_path, name):
     assert not (output / "scores.json").is_symlink()
 
 
+@pytest.mark.parametrize("ending", ["", ".tmp"])
+@pytest.mark.parametrize("name", ["flags.jsonl", "report.html"])
+def test_flags_and_report_replace_a_link_too(news, tmp_path, name, ending):
+    (tmp_path / "mine").write_text("mine")
+    output = tmp_path / "scores"
+    output.mkdir()
+    (output / f"{name}{ending}").symlink_to(tmp_path / "mine")
+    titles = news / "validation.csv"
+    call(score.main, "--references", titles, "--predictions", titles, "--output_dir", output)
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert not (output / name).is_symlink()
+    assert (output / name).stat().st_size > 4
+
+
+def test_escape_sequences_in_titles_and_names_of_runs_are_told_as_text(news, tmp_path, capsys):
+    titles = write_csv(tmp_path / "t.csv", [{"titles": "\x1b[2J\u202e", "text": "\x1b[2J"}] * 2)
+    call(score.main, "--references", titles, "--predictions", titles, "--output_dir", tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for text in (capsys.readouterr().out, page, (tmp_path / "flags.jsonl").read_text()):
+        assert not {"\x1b", "\u202e"} & set(text)
+
+
 def test_the_name_of_a_row_is_no_path(news, tmp_path):
     before = snapshot(tmp_path)
     titles = news / "validation.csv"
@@ -564,7 +586,8 @@ def test_the_name_of_a_row_is_no_path(news, tmp_path):
     given = ("--references", titles, "--predictions", *names)
     call(score.main, *given, "--output_dir", tmp_path / "scores")
     after = snapshot(tmp_path)
-    assert after.keys() - before.keys() == {tmp_path / "scores/scores.json"}
+    names = ("scores.json", "flags.jsonl", "report.html")
+    assert after.keys() - before.keys() == {tmp_path / "scores" / name for name in names}
     assert "no name for this row" in refused(
         *(score.main, "--references", titles, "--predictions", f"a\x1b[2J={titles}"),
         *("--output_dir", tmp_path / "scores"),

@@ -117,7 +117,7 @@ def test_train_launcher_passes_variables_and_options(launch):
     assert (args.validation_file, args.output_dir, args.lora_r) == ("v.csv", "runs/x", 8)
     assert args.learning_rate == 2e-4  # a real model trains with the report's settings
     assert args.activation_checkpointing == "auto"
-    assert python == [check("single_gpu")]
+    assert python == [check("single_gpu"), "scripts/score.py --runs runs/x --output_dir runs/x"]
 
 
 def test_train_launcher_makes_the_demo_only_for_the_demo(launch):
@@ -126,7 +126,8 @@ def test_train_launcher_makes_the_demo_only_for_the_demo(launch):
     assert args.model_name_or_path == "demo/model"
     assert (args.train_file, args.validation_file) == ("demo/train.csv", "demo/validation.csv")
     assert args.output_dir == "runs/demo"
-    assert python == [check(), "scripts/make_demo.py --output_dir demo"]
+    report = "scripts/score.py --runs runs/demo --output_dir runs/demo"
+    assert python == [check(), "scripts/make_demo.py --output_dir demo", report]
 
 
 def test_infer_launcher_goes_through_the_reports_steps(launch, tmp_path):
@@ -149,12 +150,33 @@ def test_infer_launcher_goes_through_the_reports_steps(launch, tmp_path):
     assert merge_argv[0] == "scripts/merge.py"
     assert merge.parse_args(merge_argv[1:]).run_dir == "r"
     assert score_argv[0] == "scripts/score.py"
-    assert score.parse_args(score_argv[1:]).predictions == outputs
+    args = score.parse_args(score_argv[1:])
+    assert args.predictions == outputs
+    assert (args.references, args.articles) == ("v.csv", "i.csv")
+    assert args.baselines == ["lead1", "first40", "ext-oracle"]
+    assert args.runs == ["r", str(tmp_path / "out/merged")]
+    assert (args.text_column, args.id_column) == ("text", "ID")
+    assert args.output_dir == str(tmp_path / "out")
 
 
-def test_infer_launcher_without_references_does_not_score(launch):
+def test_infer_launcher_without_references_reports_without_scores(launch):
+    import score
+
     _, python = launch(ROOT / "run_infer.sh", **REAL)
-    assert [line.split()[0] for line in python[1:]] == ["scripts/merge.py"]
+    assert [line.split()[0] for line in python[1:]] == ["scripts/merge.py", "scripts/score.py"]
+    args = score.parse_args(shlex.split(python[2])[1:])
+    assert (args.references, args.articles) == (None, "i.csv")
+    assert args.baselines == ["lead1", "first40"]  # the oracle needs the true titles
+
+
+@pytest.mark.parametrize("options", [["--text_column", "body"], ["--text_column=body"]])
+def test_names_of_columns_reach_the_scores_too(launch, options):
+    import score
+
+    calls, python = launch(ROOT / "run_infer.sh", *options, "--id_column", "guid", **REAL)
+    args = score.parse_args(shlex.split(python[2])[1:])
+    assert (args.text_column, args.id_column) == ("body", "guid")
+    assert parsed(calls[0], infer).text_column == "body"
 
 
 CALLS = [("run_train.sh", "1"), *(("run_infer.sh", call) for call in "123")]

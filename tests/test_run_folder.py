@@ -3,7 +3,6 @@
 python -m pytest tests/test_run_folder.py
 """
 
-import copy
 import errno
 import json
 import os
@@ -11,12 +10,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import SCRIPTS
 
 import run_folder
-from exit_codes import UserError, printable
+from exit_codes import UserError
 from run_folder import (
     RUN_CONFIG,
     SAMPLED_BYTES,
@@ -26,8 +26,9 @@ from run_folder import (
     file_sha256,
     locked,
     log_metrics,
-    model_card,
+    log_titles,
     model_fingerprint,
+    read_metrics,
     read_run_config,
     resolve_model_folder,
     versions,
@@ -238,63 +239,41 @@ def test_metrics_beyond_the_checkpoint_are_dropped_and_half_a_line_too(tmp_path)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
-def test_the_card_tells_the_run():
-    names = ("lora_alpha", "lora_dropout", "warmup_ratio", "max_grad_norm")
-    names += ("num_train_epochs", "max_length", "seed")
-    record = copy.deepcopy(RECORD) | {"adapter_step": 17}
-    record["arguments"] |= {name: f"value of {name}" for name in names}
-    card = model_card(record)
-    assert card.startswith("---\nbase_model: model\nlanguage: fr\nlibrary_name: peft\n")
-    for text in ("0123456789abcdef", "```\n{article}\n```", "- train: 8 rows", "After update 17;"):
-        assert text in card
-    for name in names:
-        assert f"| {name} | value of {name} |" in card
-    assert "library_name: transformers" in model_card(record | {"kind": "merged"})
+def test_titles_reach_each_kind_of_tracker_as_it_shows_them():
+    logged = []
+
+    class Tracker:
+        def __init__(self, name):
+            self.name = name
+
+        def log(self, values, step):
+            logged.append((self.name, values, step))
+
+        def log_table(self, name, columns, data, step):
+            logged.append((self.name, {name: [columns, *data]}, step))
+
+    accelerator = SimpleNamespace(trackers=[Tracker("tensorboard"), Tracker("wandb")])
+    log_titles(accelerator, [("un | <b>", "deux\x1b[2J")], 7)
+    table = "| written | true |\n| -- | -- |\n| un &#124; &lt;b&gt; | deux\\x1b[2J |"
+    rows = [["written", "true"], ["un | <b>", "deux\\x1b[2J"]]
+    assert logged == [
+        ("tensorboard", {"eval_titles": table}, 7),
+        ("wandb", {"eval_titles": rows}, 7),
+    ]
 
 
-@pytest.mark.parametrize(
-    "hostile",
-    [
-        "a\n---\n\n# Pwned\n",
-        "a\nlicense: other\ntags: [pwned]",
-        "a'\": {b: c} # d",
-        "` | <script>alert(1)</script> [pwned](javascript:alert(1)) |\n| a | b |",
-        "a\x1b[2J\u202e\x85b\u2028c",
-        "- !!python/object/apply:os.system ['true']",
-        "",
-    ],
-)
-def test_no_value_of_a_record_gets_to_be_yaml_markdown_or_html(hostile):
-    import yaml
-
-    names = ("lora_alpha", "lora_dropout", "warmup_ratio", "max_grad_norm")
-    names += ("num_train_epochs", "max_length", "seed")
-    harmless = copy.deepcopy(RECORD) | {"adapter_step": 17}
-    harmless["arguments"] |= dict.fromkeys(names, 1)
-    record = copy.deepcopy(harmless)
-    record["arguments"] |= dict.fromkeys(record["arguments"], hostile)
-    record |= {"base_model": hostile, "base_fingerprint": hostile, "adapter_step": hostile}
-    record |= {"articles_per_update": hostile, "data": {hostile: {"rows": 8}}}
-    record["prompt"] = {"template": f"{{article}}\n```\n# Pwned\n````\n{hostile}"}
-    card, expected = model_card(record), model_card(harmless)
-
-    _, front, body = card.split("---\n", 2)
-    assert yaml.safe_load(front).keys() == yaml.safe_load(expected.split("---\n", 2)[1]).keys()
-    assert yaml.safe_load(front)["base_model"] == printable(hostile)
-    before, prompt, after = body.split("`````\n")  # a longer fence than any in the template
-    assert prompt == record["prompt"]["template"] + "\n"
-    plain = expected.split("---\n", 2)[2].split("```\n")
-    for found, wanted in ((before, plain[0]), (after, plain[2])):
-        assert found.count("\n") == wanted.count("\n")
-        assert found.count("|") == wanted.count("|")
-        outside = "".join(found.split("`")[::2])  # of code spans, where nothing is Markdown
-        assert "<" not in outside
-        assert "](" not in outside
-        assert found.count("`") % 2 == 0
-    for line, wanted in zip(card.splitlines(), expected.splitlines(), strict=False):
-        if wanted.startswith("#"):
-            assert line == wanted
-            break
+def test_metrics_are_read_as_far_as_they_can_be(tmp_path):
+    assert read_metrics(str(tmp_path)) == []
+    good = [{"step": 1, "loss": 2.5}, {"step": 2, "loss": None}, {"step": 2, "eval_loss": 1}]
+    bad = ['{"step": "1"}', '{"loss": 1}', "[1]", "{", "[" * 100_000, '{"step": true}', "\x00"]
+    lines = [
+        *map(json.dumps, good),
+        *bad,
+        '{"step": 3, "loss": 1e999, "x": NaN, "y": {}, "z": "a"}',
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    last = {"step": 3} | dict.fromkeys(("loss", "x", "y", "z"))
+    assert read_metrics(str(tmp_path)) == [*good, last]
 
 
 # ---------------------------------------------------------------------- fingerprints

@@ -4,6 +4,7 @@ python -m pytest tests/test_score.py
 """
 
 import csv
+import itertools
 import json
 import os
 import random
@@ -17,6 +18,7 @@ import pytest
 
 import score
 from exit_codes import UserError
+from title_figures import import_rouge, rouge_means, rouge_rows
 
 SCRIPTS = Path(score.__file__).parent
 ROUGE_TYPES = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
@@ -80,19 +82,18 @@ def refused(folder: Path, *predictions, references="references.csv") -> str:
 
 
 def rouge(prediction: str, reference: str, tokenizer: str) -> list[float]:
-    scores = score.score_titles([prediction], [reference], language=False)
-    return list(scores["rouge"][tokenizer].values())
+    return list(rouge_means([prediction], [reference])[tokenizer].values())
 
 
 def metric():
-    metric_class, _ = score.import_rouge()
+    metric_class, _ = import_rouge()
     return metric_class(keep_in_memory=True)
 
 
 @pytest.fixture(autouse=True)
 def metrics_cache(tmp_path, monkeypatch):
     """The folder that a metric makes when it is told no other."""
-    score.import_rouge()
+    import_rouge()
     monkeypatch.setattr("evaluate.config.HF_METRICS_CACHE", tmp_path / "metrics_cache")
 
 
@@ -109,13 +110,16 @@ def test_default_figures_equal_rouge_score_called_directly():
     scorer = RougeScorer(ROUGE_TYPES)
     rows = [scorer.score(*pair) for pair in zip(titles, predictions, strict=True)]
 
-    scores = score.score_titles(predictions, titles, language=False)["rouge"]["default"]
+    scores = rouge_means(predictions, titles)["default"]
+    each = rouge_rows(predictions, titles)["default"]
 
     assert list(scores) == ROUGE_TYPES
     for name in ROUGE_TYPES:
         mean = statistics.fmean(row[name].fmeasure for row in rows)
         assert 0.05 < mean < 0.9
         assert abs(scores[name] - mean) < 1e-12
+        assert each[name] == pytest.approx([row[name].fmeasure for row in rows], abs=1e-12)
+    assert each["rougeL"] != each["rougeLsum"]  # some titles have lines
 
 
 def test_french_example_computed_by_hand():
@@ -161,13 +165,13 @@ def test_unicode_figures_see_accents_and_not_how_they_are_encoded():
     ],
 )
 def test_unicode_tokenizer(text, words):
-    _, tokenizers = score.import_rouge()
+    _, tokenizers = import_rouge()
     assert tokenizers["unicode"].tokenize(text) == words
     assert tokenizers["unicode"].tokenize(unicodedata.normalize("NFD", text)) == words
 
 
 def test_rouge_lsum_differs_from_rouge_l_where_titles_have_lines():
-    scores = score.score_titles(["c d\na b"], ["a b\nc d"], language=False)["rouge"]
+    scores = rouge_means(["c d\na b"], ["a b\nc d"])
     for tokenizer in ("default", "unicode"):
         assert scores[tokenizer]["rougeL"] == 0.5
         assert scores[tokenizer]["rougeLsum"] == 1
@@ -212,7 +216,7 @@ print(json.dumps([type(rouge).__module__, rouge.compute(**titles, tokenizer="uni
     )
     module, scores = json.loads(done.stdout)
     assert module.startswith("evaluate_modules.metrics.title_rouge.")  # evaluate's copy of it
-    assert scores == score.score_titles(OTHER_TITLES, TRUE_TITLES)["rouge"]["unicode"]
+    assert scores == rouge_means(OTHER_TITLES, TRUE_TITLES)["unicode"]
 
 
 @pytest.mark.parametrize(
@@ -220,68 +224,7 @@ print(json.dumps([type(rouge).__module__, rouge.compute(**titles, tokenizer="uni
 )
 def test_lists_that_cannot_be_paired(predictions, references):
     with pytest.raises(ValueError, match=f"{len(predictions)} predictions for {len(references)} "):
-        score.score_titles(predictions, references)
-
-
-# --- Length, empty titles, language --------------------------------------------------------------
-
-
-def test_words_and_empty_titles():
-    titles = ["« Le Havre » : 12 morts", "L'été", "", " \n"]
-    assert score.describe_titles(titles, language=False) == {
-        "empty": 2,
-        "words": {"mean": (4 + 1) / 4},
-    }
-
-
-def test_empty_predictions_score_zero():
-    scores = score.score_titles([TRUE_TITLES[0], ""], TRUE_TITLES[:2], language=False)
-    assert scores["empty"] == 1
-    assert scores["rouge"]["default"] == dict.fromkeys(ROUGE_TYPES, 0.5)
-    assert scores["rouge"]["unicode"] == dict.fromkeys(ROUGE_TYPES, 0.5)
-
-
-def test_language_shares():
-    german = "Der Bundestag beschließt ein neues Gesetz über die Renten"
-    titles = [*TRUE_TITLES, "", OTHER_TITLES[3], "Macron wins French election", german]
-    shares = score.describe_titles(titles)["language"]
-    assert shares == {"french": 4 / 7, "english": 2 / 7, "other": 1 / 7}
-    nothing = {"french": None, "english": None, "other": None}
-    assert score.describe_titles(["", " "])["language"] == nothing
-
-
-@pytest.mark.parametrize(
-    ("code", "titles"),
-    [
-        (
-            "fr",
-            [
-                "Macron réélu président",
-                "Incendie à Notre-Dame de Paris",
-                "Retraites : la réforme adoptée",
-                "Coronavirus : les écoles fermées",
-                "Toulouse : deux morts",
-                "Apple dévoile son nouvel iPhone",
-                "LA POLICE ENQUÊTE SUR UN VOL",
-                "Canicule : alerte orange",  # Latin, among all languages
-            ],
-        ),
-        (
-            "en",
-            [
-                "Paris police clash with yellow vest protesters",
-                "French train strike enters second week",
-                "Champions League: PSG beat Real Madrid",
-                "Apple unveils new iPhone",
-                "Air France pilots strike",
-                "Man arrested after knife attack in Lyon",
-            ],
-        ),
-    ],
-)
-def test_language_of_short_titles(code, titles):
-    classify = score.language_classifier()
-    assert [classify(title)[0] for title in titles] == [code] * len(titles)
+        rouge_means(predictions, references)
 
 
 # --- Pairing by ID -------------------------------------------------------------------------------
@@ -303,10 +246,11 @@ def test_rows_are_paired_by_id(files):
 
     scores = scored(files, "ordered.csv", "reordered.csv", references="named.csv")["predictions"]
 
-    expected = score.score_titles(OTHER_TITLES, TRUE_TITLES)
-    assert expected["rouge"] != score.score_titles(OTHER_TITLES[::-1], TRUE_TITLES)["rouge"]
+    expected = rouge_means(OTHER_TITLES, TRUE_TITLES)
+    assert expected != rouge_means(OTHER_TITLES[::-1], TRUE_TITLES)
     for name in ("ordered", "reordered"):
-        assert {key: scores[name][key] for key in expected} == expected
+        assert scores[name]["rouge"] == expected
+        assert scores[name]["empty"] == 1
 
 
 def test_rows_are_their_own_ids_where_there_are_none(files):
@@ -388,35 +332,58 @@ def test_table_and_json_agree(files):
     assert not imported & {"torch", "tensorflow", "jax"}
 
     scores = json.loads((files / "scores/new/scores.json").read_text(encoding="utf-8"))
-    assert list(scores) == ["references", "predictions", "tokenizers", "versions"]
-    assert set(scores["versions"]) == {"evaluate", "rouge_score", "py3langid"}
+    assert set(scores["versions"]) == {"evaluate", "rouge_score", "scipy", "py3langid"}
     assert set(scores["tokenizers"]) == {"default", "unicode"}
     assert list(scores["predictions"]) == ["a", "une bien longue étiquette, n° 1"]
-    assert (
-        scores["predictions"]["a"] | score.score_titles(OTHER_TITLES, TRUE_TITLES)
-        == (scores["predictions"]["a"])
-    )
-    assert scores["predictions"]["a"]["path"] == "../a.csv"
-    assert scores["predictions"]["a"]["rows"] == 4
-    assert scores["predictions"]["a"]["empty"] == 1
+    a, b = scores["predictions"].values()
+    assert a["rouge"] == rouge_means(OTHER_TITLES, TRUE_TITLES)
+    assert (a["path"], a["rows"], a["empty"]) == ("../a.csv", 4, 1)
+    assert scores["compared_to"] == "a"
+    assert "compared" not in a
+    for tokenizer, kind in itertools.product(scores["tokenizers"], ROUGE_TYPES):
+        for system in (a, b):
+            low, high = system["intervals"][tokenizer][kind]
+            assert low <= system["rouge"][tokenizer][kind] <= high
+        compared = b["compared"][tokenizer][kind]
+        difference = 1 - a["rouge"][tokenizer][kind]
+        assert compared["difference"] == pytest.approx(difference, abs=1e-12)
+        assert compared["interval"][0] <= difference <= compared["interval"][1]
+        assert 0 < compared["p"] <= 1
 
-    lines = done.stdout.splitlines()
+    lines = done.stdout.splitlines()[:-2]  # the last two name the files
     assert max(len(line) for line in lines) == 80
     rules = [number for number, line in enumerate(lines) if line == "-" * 80]
-    assert len(rules) == 2
-    table = [line.rsplit(maxsplit=8) for line in lines[rules[0] + 1 : rules[1]]]
-    assert [row[0] for row in table] == ["(references)", "a", "une bien..te, n° 1"]
-    assert table[0][1:6] == ["-"] * 5
-    for row, titles in zip(table[1:], scores["predictions"].values(), strict=True):
-        default, unicode = titles["rouge"]["default"], titles["rouge"]["unicode"]
-        figures = [*(default[name] for name in ROUGE_TYPES), unicode["rougeL"]]
-        assert row[1:6] == [f"{figure:.4f}" for figure in figures]
-    for row, titles in zip(
-        table, [scores["references"], *scores["predictions"].values()], strict=True
-    ):
-        words, french = titles["words"]["mean"], titles["language"]["french"]
-        assert row[6:] == [f"{words:.1f}", f"{french:.1%}", str(titles["empty"])]
-    assert table[1][7:] == ["66.7%", "1"]
+    assert len(rules) == 4
+    table = [line.rsplit(maxsplit=7) for line in lines[rules[0] + 1 : rules[0] + 3]]
+    assert [row[0] for row in table] == ["a", "une bien..te, n° 1"]
+    for row, system in zip(table, (a, b), strict=True):
+        default, unicode = system["rouge"]["default"], system["rouge"]["unicode"]
+        assert row[1:4] == [f"{default[kind]:.4f}" for kind in ROUGE_TYPES[:3]]
+        assert row[4] == "{:.4f}-{:.4f}".format(*system["intervals"]["default"]["rougeL"])
+        assert row[6:] == [f"{default['rougeLsum']:.4f}", f"{unicode['rougeL']:.4f}"]
+    assert table[0][5] == "-"
+    assert table[1][5] == score.format_p(b["compared"]["default"]["rougeL"]["p"])
+    table = [line.rsplit(maxsplit=9) for line in lines[rules[1] + 1 : rules[1] + 4]]
+    assert [row[0] for row in table] == ["(true titles)", "a", "une bien..te, n° 1"]
+    for row, system in zip(table, (scores["references"], a, b), strict=True):
+        words, flags = system["words"], system["flags"]
+        assert row[1:3] == [f"{words['mean']:.1f}", f"{words['q1']:.0f}-{words['q3']:.0f}"]
+        assert row[3:6] == [f"{share:.1%}" for share in system["language"].values()]
+        assert row[6:] == [str(system["empty"]), str(flags["repeated"]), str(flags["looping"]), "-"]
+    assert table[1][3:5] == ["66.7%", "33.3%"]
+    table = [line.rsplit(maxsplit=7) for line in lines[rules[2] + 1 : rules[2] + 4]]
+    for row, system in zip(table, (scores["references"], a, b), strict=True):
+        assert row[1:5] == [f"{share:.1%}" for share in system["novel"].values()]
+        flags = (system["flags"][name] for name in ("numbers", "names", "quotations"))
+        assert row[5:] == [f"{count / 4:.1%}" for count in flags]
+    written = (files / "scores/new/flags.jsonl").read_text(encoding="utf-8").splitlines()
+    flagged = [json.loads(line) for line in written]
+    assert {"id": "2", "system": "a", "flags": {"empty": []}} in flagged
+    assert {"id": "1", "system": None, "flags": {"names": ["SNCF"]}} in flagged
+    for name, system in ((None, scores["references"]), *scores["predictions"].items()):
+        for flag, count in ({"empty": system["empty"]} | system["flags"]).items():
+            lines = [line for line in flagged if line["system"] == name and flag in line["flags"]]
+            assert len(lines) == (count or 0)
 
 
 def test_the_same_files_give_the_same_output_and_nothing_else_is_touched(files, capsys):
@@ -427,8 +394,12 @@ def test_the_same_files_give_the_same_output_and_nothing_else_is_touched(files, 
     assert scored(files, "a.csv", "b.csv") == first
     assert (files / "scores" / "scores.json").read_bytes() == saved
     assert capsys.readouterr().out == shown
+    report = (files / "scores" / "report.html").read_bytes()
+    scored(files, "a.csv", "b.csv")
+    assert (files / "scores" / "report.html").read_bytes() == report
     assert scored(files, "b.csv")["predictions"].keys() == {"b"}
-    assert {path.name for path in (files / "scores").iterdir()} == {"notes.txt", "scores.json"}
+    written = {"scores.json", "flags.jsonl", "report.html"}
+    assert {path.name for path in (files / "scores").iterdir()} == {"notes.txt", *written}
     assert (files / "scores" / "notes.txt").read_text() == "mine"
     assert not (files / "metrics_cache").exists()
 
@@ -491,11 +462,146 @@ def test_help_and_complaints_wait_for_no_heavy_import(files, arguments):
     done = command_line(*arguments, cwd=files, code=code, python_options=["-X", "importtime"])
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "articles" in imported
-    assert not imported & {"evaluate", "datasets", "numpy", "pandas", "py3langid", "rouge_score"}
+    assert not imported & {"evaluate", "datasets", "numpy", "scipy", "py3langid", "huggingface_hub"}
+
+
+# --- Baselines, articles, runs -------------------------------------------------------------------
+
+
+def test_baselines_are_rows_beside_the_systems(files):
+    options = ["--baselines", "lead1", "first1", "ext-oracle", "--compare_to", "first1"]
+    scores = scored(files, "a.csv", options=options)
+    assert list(scores["predictions"]) == ["a", "lead1", "first1", "ext-oracle"]
+    assert scores["predictions"]["lead1"]["baseline"] == "lead1"
+    assert scores["predictions"]["first1"]["words"]["mean"] == 1
+    # "un" of "un article" is one of the nine words of the last title.
+    expected = rouge_means(["un"] * 4, TRUE_TITLES)
+    assert scores["predictions"]["first1"]["rouge"] == expected
+    assert expected["unicode"]["rouge1"] > 0
+    assert "compared" not in scores["predictions"]["first1"]
+    assert "compared" in scores["predictions"]["a"]
+
+
+def test_articles_of_a_file_of_their_own_in_another_order(files):
+    write_csv(files / "titles.csv", ["ID", "titles"], [[f"n{i}", TRUE_TITLES[i]] for i in range(4)])
+    write_csv(files / "c.csv", ["ID", "titles"], [[f"n{i}", OTHER_TITLES[i]] for i in (2, 0, 1, 3)])
+    texts = [[f"Voici {OTHER_TITLES[i]}. Fin.", f"n{i}"] for i in (3, 1, 2, 0)]
+    write_csv(files / "texts.csv", ["body", "ID"], [*texts, ["d'un autre titre", "n9"]])
+    options = ["--articles", str(files / "texts.csv"), "--text_column", "body"]
+    options += ["--baselines", "lead1"]
+    scores = scored(files, "c.csv", references="titles.csv", options=options)
+    found = scores["predictions"]["c"]
+    assert found["novel"] == dict.fromkeys("1234", 0)
+    assert [found["flags"][name] for name in ("numbers", "names", "quotations")] == [0, 0, 0]
+    assert scores["references"]["flags"]["names"] > 0
+    lead = [f"Voici {title}." for title in OTHER_TITLES]
+    assert scores["predictions"]["lead1"]["rouge"] == rouge_means(lead, TRUE_TITLES)
+
+    write_csv(files / "texts.csv", ["body", "ID"], texts[:3])
+    with pytest.raises(UserError, match=r"no article for ID 'n0' of .*titles.csv .1 missing"):
+        scored(files, "c.csv", references="titles.csv", options=options)
+    write_csv(files / "texts.csv", ["body"], [row[:1] for row in texts])
+    with pytest.raises(UserError, match="its rows cannot be paired with those of"):
+        scored(files, "c.csv", references="titles.csv", options=options)
+
+
+def test_without_articles_only_what_needs_them_is_missing(files):
+    write_csv(files / "titles.csv", ["titles"], [[title] for title in TRUE_TITLES])
+    scores = scored(files, "a.csv", references="titles.csv")
+    assert "articles" not in scores
+    assert scores["predictions"]["a"]["novel"] == dict.fromkeys("1234")
+    assert scores["predictions"]["a"]["rouge"] == rouge_means(OTHER_TITLES, TRUE_TITLES)
+    with pytest.raises(UserError, match="made of articles; give the file of them with --articles"):
+        scored(files, "a.csv", references="titles.csv", options=["--baselines", "lead1"])
+
+
+def test_an_empty_article_stops_nothing(files):
+    rows = [["", TRUE_TITLES[0]], *(["un article", title] for title in TRUE_TITLES[1:])]
+    write_csv(files / "references.csv", ["text", "titles"], rows)
+    scores = scored(files, "a.csv", options=["--baselines", "lead1", "first40", "ext-oracle"])
+    for name in ("lead1", "first40", "ext-oracle"):
+        assert scores["predictions"][name]["empty"] == 1
+
+
+def test_without_true_titles_all_but_the_scores_is_there(files):
+    done = command_line(
+        *("--articles", files / "references.csv", "--predictions", files / "a.csv"),
+        *("--baselines", "lead1", "--output_dir", files / "out"),
+    )
+    scores = json.loads((files / "out/scores.json").read_text(encoding="utf-8"))
+    assert list(scores["predictions"]) == ["a", "lead1"]
+    assert not {"rouge", "intervals", "compared"} & scores["predictions"]["a"].keys()
+    assert scores["predictions"]["a"]["empty"] == 1
+    assert scores["predictions"]["a"]["novel"]["1"] > 0.5
+    assert "ROUGE" not in done.stdout
+    assert "report.html" in done.stdout.splitlines()[-1]
+
+
+def test_one_article_has_no_interval(files):
+    write_csv(files / "one.csv", ["titles"], [[TRUE_TITLES[0]]])
+    write_csv(files / "c.csv", ["titles"], [[OTHER_TITLES[0]]])
+    write_csv(files / "d.csv", ["titles"], [[OTHER_TITLES[1]]])
+    scores = scored(files, "c.csv", "d.csv", references="one.csv")
+    assert scores["predictions"]["d"]["intervals"]["default"]["rougeL"] is None
+    assert "compared" not in scores["predictions"]["d"]
+
+
+def test_titles_that_were_cut_are_known_from_what_infer_wrote(files, capsys):
+    record = {"model": "m", "adapter": None, "decoding": "greedy", "input": {"path": "x"}}
+    ends = ["eos", "length", "eos", "length"]
+    rows = [
+        {"id": str(row), "title": title, "raw": title, "num_new_tokens": 3, "stopped_by": end}
+        for row, (title, end) in enumerate(zip(OTHER_TITLES, ends, strict=True))
+    ]
+    details = files / "a.jsonl"
+    details.write_text("\n".join(map(json.dumps, [record, *rows])), encoding="utf-8")
+    found = scored(files, "a.csv", "b.csv")["predictions"]
+    assert (found["a"]["flags"]["cut"], found["b"]["flags"]["cut"]) == (2, None)
+    assert found["a"]["made_by"] == {"model": "m", "decoding": "greedy"}
+    assert "left aside" not in capsys.readouterr().out
+
+    rows[0]["title"] = "un autre"  # of predictions that were edited since
+    details.write_text("\n".join(map(json.dumps, [record, *rows])), encoding="utf-8")
+    assert scored(files, "a.csv")["predictions"]["a"]["flags"]["cut"] is None
+    assert f"NOTE: {details} is not of the titles in" in capsys.readouterr().out
+    for damaged in ("", "{", "[]\n1", "{}\n{}", '{}\n{"id": []}'):
+        details.write_text(damaged)
+        assert scored(files, "a.csv")["predictions"]["a"]["flags"]["cut"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--baselines", "lead2"], "--baselines lead2: there is no such baseline; give lead1"),
+        (["--baselines", "lead1", "lead1"], "--baselines lead1: a second row of that name;"),
+        (["--compare_to", "c"], "--compare_to c: there is no such row; give one of"),
+        (["--runs", "nowhere"], "nowhere: no run_config.json in it;"),
+    ],
+)
+def test_options_that_cannot_be_used(files, options, complaint):
+    with pytest.raises(UserError) as error:
+        scored(files, "a.csv", options=options)
+    assert str(error.value).startswith(complaint)
+    assert not (files / "scores").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([], "nothing to show: give --predictions, --baselines or --runs"),
+        (["--predictions", "a.csv"], "--references: give the true titles, or at least the"),
+        (["--articles", "a.csv", "--baselines", "ext-oracle"], "it chooses by the true titles"),
+    ],
+)
+def test_what_must_be_given(arguments, complaint, capsys):
+    with pytest.raises(SystemExit):
+        score.parse_args([*arguments, "--output_dir", "out"])
+    assert complaint in capsys.readouterr().err
 
 
 def test_through_accelerate_launch(files, run_script):
     arguments = ("--references", files / "references.csv", "--predictions", files / "a.csv")
     result = run_script("score.py", *arguments, "--output_dir", files / "s", launch=True)
     assert "comparable" in result.stdout
+    assert result.stdout.splitlines()[-1] == f"report: {files / 's/report.html'}"
     assert (files / "s/scores.json").is_file()

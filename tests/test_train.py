@@ -1,6 +1,7 @@
 """train.py: what it computes and what it leaves. Run: python -m pytest tests/test_train.py"""
 
 import ast
+import html
 import json
 import math
 import os
@@ -687,6 +688,23 @@ def test_tensorboard_gets_the_figures(tiny_model, news, tmp_path):
     more = ("--report_to", "tensorboard", "--max_train_steps", "1")
     call(train.main, *train_args(tiny_model, news, tmp_path / "run", *more))
     assert list((tmp_path / "run/trackers").rglob("events.out.tfevents.*"))
+
+
+def test_tensorboard_gets_titles_at_each_evaluation(tiny_model, news, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    more = ("--report_to", "tensorboard", "--max_train_steps", "2", "--checkpointing_steps", "1")
+    call(train.main, *train_args(tiny_model, news, tmp_path / "run", *more))
+    read = events.EventAccumulator(str(tmp_path / "run/trackers/manchette")).Reload()
+    logged = read.Tensors("eval_titles/text_summary")
+    assert [event.step for event in logged] == [1, 2]
+    true = [row["titles"] for row in french_rows(7, seed=2)][:6:2]
+    for event in logged:
+        lines = event.tensor_proto.string_val[0].decode().splitlines()
+        assert lines[:2] == ["| written | true |", "| -- | -- |"]
+        assert [
+            html.unescape(line.split(" | ")[1].removesuffix(" |")) for line in lines[2:]
+        ] == true
+    assert [event.step for event in read.Scalars("eval_loss")] == [1, 2]
 
 
 def test_without_validation_the_last_state_is_kept(tiny_model, news, tmp_path):

@@ -63,7 +63,8 @@ def main():
         "score": ["score.py", "--references", validation, "--output_dir", out / "scores"],
     }
     steps["train"] += args.train_options
-    steps["score"] += ["--predictions", *predictions]
+    steps["score"] += ["--predictions", *predictions, "--baselines", "lead1", "first40"]
+    steps["score"] += ["ext-oracle", "--runs", out / "run", out / "merged"]
     record = {
         "machine": machine(),
         "command": " ".join(["python", "tests/benchmarks/real_data.py", *sys.argv[1:]]),
