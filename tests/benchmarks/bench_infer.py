@@ -24,7 +24,6 @@ as those of the challenge; `--model tiny` tries the same on a CPU:
 import argparse
 import csv
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -35,6 +34,15 @@ from pathlib import Path
 from bench_train import ROOT, SHAPES, machine, made_up_rows, make_model
 
 PEERS = ("pipeline", "unsorted")
+# The memory of a process counts what it had before it became another program, which of a child is
+# all of its parent's: this one between them is small.
+MEASURE = """
+import os, subprocess, sys
+process = subprocess.Popen(sys.argv[1:])
+_, status, usage = os.wait4(process.pid, 0)
+print(usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
 PROMPT_FILE = str(ROOT / "prompts/fr.txt")
 
 
@@ -156,22 +164,31 @@ def command_of(args, loop: str, options: str, folder: str, output: Path) -> list
     return [*command, "--child", "infer", "--argv", *argv, *options.split()]
 
 
+def run_measured(command: list[str]) -> tuple[list[str], int]:
+    """Run a command; return the lines that it printed and its peak resident memory in bytes."""
+    process = subprocess.run(
+        [sys.executable, "-c", MEASURE, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if process.returncode:
+        raise SystemExit(f"{command} answered {process.returncode}:\n{process.stdout[-3000:]}")
+    *lines, peak = process.stdout.splitlines()
+    return lines, int(peak)
+
+
 def measure(command: list[str], output: Path) -> dict:
     """Run a loop as a process of its own and return its figures."""
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    printed = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{command} answered {process.returncode}:\n{printed[-3000:]}")
-    figures = json.loads(printed.splitlines()[-1])
+    lines, peak = run_measured(command)
+    figures = json.loads(lines[-1])
     with open(output, encoding="utf-8", newline="") as stream:
         titles = [row["titles"] for row in csv.DictReader(stream)]
     return figures | {
         "articles": len(titles),
         "articles_per_second": len(titles) / figures["seconds"],
-        "peak_rss": usage.ru_maxrss * 1024,
+        "peak_rss": peak,
         "whole_run_seconds": time.perf_counter() - start,
         "titles": titles,
     }
