@@ -116,10 +116,11 @@ class LineEnd(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores, **_) -> torch.Tensor:
         if self.kinds is None:
-            self.kinds = torch.tensor(list(self.ends.kinds), device=input_ids.device)
+            kinds = torch.tensor(list(self.ends.kinds), dtype=torch.uint8)
+            self.kinds = F.pad(kinds, (0, 1)).to(input_ids.device)  # the last: of other ids
         new_ids = input_ids[:, self.prompt_length :]
         # Ids beyond the tokenizer's, of a vocabulary that was rounded up, are no text.
-        kinds = F.pad(self.kinds, (0, 1))[new_ids.clamp(max=len(self.kinds))]
+        kinds = self.kinds[new_ids.clamp(max=len(self.kinds) - 1)]
         has_text = (kinds & Ends.TEXT).cumsum(1) > 0
         begun = F.pad(has_text, (1, 0))[:, :-1]  # before the token
         ends_line = ((kinds & Ends.BREAK) > 0) & begun | ((kinds & Ends.BREAK_AFTER_TEXT) > 0)
