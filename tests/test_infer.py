@@ -203,7 +203,7 @@ def test_a_full_memory_changes_nothing_but_the_batches(
 
     monkeypatch.setattr(infer, "generate_batch", full)
     call(infer.main, "--run_dir", trained, *args_for(news, tmp_path / "full.csv", *more))
-    assert sizes == [9, 5, 3, 2, 2, 2]
+    assert [size for size in sizes if size > 3] == [9, 5, 4]  # each of other lengths
     assert capsys.readouterr().out.count("articles together") == 1
     for suffix in ("csv", "jsonl"):
         whole, halved = (tmp_path / f"{name}.{suffix}" for name in ("roomy", "full"))
@@ -250,20 +250,20 @@ def test_beams_are_recorded(trained, news, tmp_path):
 # ---------------------------------------------------------------------- one article
 
 
-def test_one_article_has_its_title_on_standard_output(run_script, trained, news, predicted):
-    article = read_csv(news / "test.csv")[4]["text"]
-    given = run_script("infer.py", "--run_dir", trained, "--text", article)
-    assert given.stdout.count("\n") == 1
+def test_one_article_has_its_title_on_standard_output(trained, news, tmp_path, capsys):
     import subprocess
     import sys
 
-    command = [sys.executable, str(SCRIPTS / "infer.py"), "--run_dir", str(trained)]
+    more = ("--base_weights", "fp32")
+    call(infer.main, "--run_dir", trained, *args_for(news, tmp_path / "out.csv", *more))
+    article = read_csv(news / "test.csv")[4]["text"]
+    expected = read_csv(tmp_path / "out.csv")[4]["titles"] + "\n"
+    capsys.readouterr()
+    call(infer.main, "--run_dir", trained, *more, "--text", article)
+    assert capsys.readouterr().out == expected
+    command = [sys.executable, str(SCRIPTS / "infer.py"), "--run_dir", str(trained), *more]
     piped = subprocess.run(command, input=article, capture_output=True, text=True, check=True)
-    assert piped.stdout == given.stdout
-    # In a batch of its own, bf16 may round to another title; its beginning is the file's.
-    title = read_csv(predicted / "adapter.csv")[4]["titles"]
-    assert given.stdout[:5] == title[:5]
-    assert "NOTE" not in given.stdout
+    assert piped.stdout == expected
 
 
 @pytest.mark.parametrize(
