@@ -55,6 +55,7 @@ def generate_ids(
     model.generation_config = greedy(ends, max_new_tokens)
     sequence, mask = pad_left(prompts, ends.pad_id, model.device)
     longest, rows, written = sequence.shape[1], list(range(len(prompts))), {}
+    line_end = LineEnd(ends, longest)
     in_rounds = options.get("num_beams", 1) == 1 and keeps_plain_cache(model)
     cache = prefill(model, prompts) if in_rounds else None
     min_new_tokens = options.pop("min_new_tokens", None) or 0
@@ -68,7 +69,7 @@ def generate_ids(
             generation_config=greedy(
                 ends, steps, **options, min_new_tokens=at_least if at_least > 0 else None
             ),
-            stopping_criteria=StoppingCriteriaList([LineEnd(ends, longest)]),
+            stopping_criteria=StoppingCriteriaList([line_end]),
             **({cache_name(model): cache} if in_rounds else {}),
         )
         new_ids = [ends.cut(ids) for ids in sequence[:, longest:].tolist()]
@@ -116,8 +117,8 @@ class LineEnd(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores, **_) -> torch.Tensor:
         if self.kinds is None:
-            kinds = torch.tensor(list(self.ends.kinds), dtype=torch.uint8)
-            self.kinds = F.pad(kinds, (0, 1)).to(input_ids.device)  # the last: of other ids
+            kinds = bytearray(self.ends.kinds + b"\0")  # the last: of other ids
+            self.kinds = torch.frombuffer(kinds, dtype=torch.uint8).to(input_ids.device)
         new_ids = input_ids[:, self.prompt_length :]
         # Ids beyond the tokenizer's, of a vocabulary that was rounded up, are no text.
         kinds = self.kinds[new_ids.clamp(max=len(self.kinds) - 1)]

@@ -231,7 +231,7 @@ def infer(args, columns, source, base_folder, prompt, decoding, record, stop):
     """Write the titles that the checked arguments ask for; return STOPPED if `stop` was asked."""
     accelerator, model = load(source, base_folder, prompt, decoding)
     import torch
-    from accelerate.utils import gather_object, tqdm
+    from accelerate.utils import tqdm
 
     from decoding import choose_max_batch_tokens
 
@@ -244,7 +244,8 @@ def infer(args, columns, source, base_folder, prompt, decoding, record, stop):
         # Batches decide on roundings: an earlier start has chosen for all that come after it, and
         # the process with the least memory for all others.
         chosen = parts.max_batch_tokens or choose_max_batch_tokens(model, decoding.num_beams)
-        record["max_batch_tokens"] = min(gather_object([chosen]))
+        chosen = torch.tensor([chosen], device=accelerator.device)
+        record["max_batch_tokens"] = accelerator.gather(chosen).min().item()
     accelerator.wait_for_everyone()  # all have read the parts before one of them grows
     if parts.num_done:
         note(f"going on after {parts.num_done:,} titles of an earlier run")
