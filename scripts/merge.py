@@ -317,10 +317,14 @@ class Weights:
         to NF4 and back if `base` is "dequantised", adapted or not: the adapter has learnt to live
         with it.
         """
+        import torch
+
         weight = self.base(name, base == "dequantised")
         if (lora := self.lora(name.removesuffix(".weight"))) is not None:
             a, b, scaling = lora
-            product = (b @ a).mul_(scaling).add_(weight)  # in place: one of them may be large
+            with torch.autocast(self.device.type, enabled=False):  # in which the check runs
+                product = b @ a
+            product.mul_(scaling).add_(weight)  # in place: it may be large
             weight = product.to(self.dtype)
         return weight
 

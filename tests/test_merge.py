@@ -330,12 +330,12 @@ def test_the_head_is_merged_where_it_is_its_own_and_refused_where_tied(run_dir, 
     assert check["relative_difference"] < 0.03
 
 
-def test_matrices_of_other_kinds_are_refused(run_dir, tmp_path):
-    tensors = load_file(run_dir / "adapter_model.safetensors")
+def test_matrices_of_other_kinds_are_refused(trained, tmp_path):
+    tensors = load_file(trained / "adapter_model.safetensors")
     tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"] = torch.ones(
         2
     )
-    run = with_adapter(run_dir, tmp_path / "run", tensors)
+    run = with_adapter(trained, tmp_path / "run", tensors)
     with pytest.raises(UserError, match="lora_magnitude_vector is no matrix of LoRA on a linear"):
         call(merge.main, "--run_dir", run, "--output_dir", tmp_path / "m")
 
@@ -401,7 +401,7 @@ merge.run(merge.main)
 
 @pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGINT", "SIGKILL"])
 def test_an_interrupted_merge_leaves_nothing_that_looks_like_a_model(
-    run_dir, tmp_path, signal_name
+    trained, tmp_path, signal_name
 ):
     import os
     import signal
@@ -410,7 +410,7 @@ def test_an_interrupted_merge_leaves_nothing_that_looks_like_a_model(
 
     from run_folder import check_model_folder
 
-    command = [sys.executable, "-c", INTERRUPTED, "--run_dir", str(run_dir)]
+    command = [sys.executable, "-c", INTERRUPTED, "--run_dir", str(trained)]
     process = subprocess.Popen(
         [*command, "--output_dir", str(tmp_path / "m")],
         cwd=SCRIPTS,
@@ -430,7 +430,7 @@ def test_an_interrupted_merge_leaves_nothing_that_looks_like_a_model(
     for folder in (path for path in left if path.is_dir()):
         with pytest.raises(UserError):
             check_model_folder(str(folder))
-    call(merge.main, "--run_dir", run_dir, "--output_dir", tmp_path / "m", "--check_rows", "0")
+    call(merge.main, "--run_dir", trained, "--output_dir", tmp_path / "m", "--check_rows", "0")
     check_model_folder(str(tmp_path / "m"))
 
 
