@@ -393,7 +393,8 @@ def write_continuously(
     """Yield row and title of each prompt as it ends, by transformers' continuous batching.
 
     `names` are the articles' IDs by row, in which a complaint tells of what failed; `most` is the
-    number of tokens that are under way at a time.
+    number of tokens that are under way at a time. The engine's thread knows of no autocast: an
+    unmerged adapter multiplies in fp32 there.
     """
     from decoding import generate_continuously
 

@@ -121,9 +121,6 @@ def main(argv=None):
     weights = Weights(base_folder, Path(args.run_dir), dtype, nf4)
     with partial_folder(output_dir) as temporary:
         weights.write(temporary, args.base)
-        config = AutoConfig.from_pretrained(base_folder, **OWN_FILES_ONLY)
-        config.dtype, config.use_cache = dtype, True
-        config.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         # From scratch: what a base repository samples with would make the merged model random,
         # and may be invalid as it stands, so that nobody could save the model again.
@@ -152,6 +149,9 @@ def main(argv=None):
             describe_check(run_config["merge_check"], args.base, len(texts))
         write_json(temporary / RUN_CONFIG, run_config)
         (temporary / "README.md").write_text(model_card(run_config), encoding="utf-8")
+        config = AutoConfig.from_pretrained(base_folder, **OWN_FILES_ONLY)
+        config.dtype, config.use_cache = dtype, True
+        config.save_pretrained(temporary)  # last, see `partial_folder`
         os.rename(temporary, output_dir)  # which was checked to be empty, if it is there
     print(f"done: {args.output_dir}, adapter merged into the {args.base} base")
 
@@ -160,9 +160,9 @@ def main(argv=None):
 def partial_folder(output_dir: Path):
     """Give a folder to write to, beside the one that it becomes, and remove what is left of it.
 
-    It lies in another, whose name says what it is, so that even where this process is killed, what
-    it leaves is no model: config.json comes after the weights, and there is none above them.
-    SIGTERM ends a merge as Ctrl-C does, and as an error does: with nothing left.
+    It lies in another, whose name says what it is. Even where this process is killed, what is left
+    is no model, for config.json comes last. SIGTERM ends a merge as Ctrl-C and an error do: with
+    nothing left.
     """
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     partial = tempfile.mkdtemp(prefix=f"{output_dir.name}.partial-", dir=output_dir.parent)
@@ -260,7 +260,8 @@ class Weights:
         for file in weight_files(self.base_folder):
             self.files |= dict.fromkeys(shapes_in([file]), file)
         self.arguments = lora_arguments(str(self.adapter_dir))
-        self.layers = adapted_layers(shapes_in([self.adapter_dir / ADAPTER_WEIGHTS]))
+        lora = shapes_in([self.adapter_dir / ADAPTER_WEIGHTS])
+        self.layers = adapted_layers(lora)
         self.model = empty_model(self.base_folder, self.dtype)
         linear = {n for n, m in self.model.named_modules() if isinstance(m, torch.nn.Linear)}
         head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
@@ -273,8 +274,8 @@ class Weights:
                     f"it adapts {layer}, which is {kind} in this base",
                     "merge with peft's merge_and_unload instead",
                 )
-            ranks = {self.lora(layer)[0].shape[0], lora_rank(self.arguments, layer)}
-            if len(ranks) > 1:
+            rank = lora[f"{self.layers[layer]}.lora_A.weight"][0]
+            if rank != lora_rank(self.arguments, layer):
                 raise UserError(
                     self.adapter_dir / ADAPTER_CONFIG,
                     f"says another rank of {layer} than its matrices have",

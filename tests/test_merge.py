@@ -382,6 +382,20 @@ def test_the_check_of_both_bases_is_printed_and_kept(run_dir, tmp_path, capsys):
     assert check["relative_difference"] < check["original_base"]["relative_difference"]
 
 
+def test_no_config_stands_beside_weights_before_all_is_done(trained, tmp_path, monkeypatch):
+    card, seen = merge.model_card, []
+
+    def look(run_config):
+        seen.append({path.name for path in tmp_path.rglob("*")})
+        return card(run_config)
+
+    monkeypatch.setattr(merge, "model_card", look)
+    call(merge.main, "--run_dir", trained, "--output_dir", tmp_path / "m", "--check_rows", "1")
+    assert "model.safetensors" in seen[0]
+    assert "config.json" not in seen[0]
+    assert (tmp_path / "m/config.json").is_file()
+
+
 INTERRUPTED = """
 import sys, time
 import merge
