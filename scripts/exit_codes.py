@@ -23,8 +23,12 @@ class UserError(Exception):
         self.parts = (str(where), problem, advice)
 
 
-class WriteError(UserError):
-    """A file that cannot be written, which one process may meet alone."""
+class LoneError(UserError):
+    """What one process of several may meet alone, such as a full memory."""
+
+
+class WriteError(LoneError):
+    """A file that cannot be written."""
 
 
 def is_first_process() -> bool:
@@ -78,7 +82,7 @@ def run(main) -> None:
     try:
         code = main() or DONE
     except UserError as error:
-        code, tell = USER_ERROR, tell or isinstance(error, WriteError)
+        code, tell = USER_ERROR, tell or isinstance(error, LoneError)
         # What the frames hold goes now: a progress bar prints itself once more when it does.
         traceback.clear_frames(error.__traceback__)
         if tell:

@@ -2,9 +2,11 @@
 
     accelerate launch --config_file accelerate_configs/single_gpu.yaml scripts/infer.py \\
         --run_dir runs/titles --input_file test.csv --output_file predictions.csv
+    python scripts/infer.py --run_dir runs/titles < article.txt
 
 `--run_dir` takes the folder of train.py (adapter on the 4-bit base) or of merge.py. With
-`--model_name_or_path` and `--prompt_file` instead, any causal LM answers as it is.
+`--model_name_or_path` and `--prompt_file` instead, any causal LM answers as it is. Without a file,
+the title of one article, of `--text` or of standard input, goes to standard output.
 """
 
 import argparse
@@ -14,16 +16,17 @@ import json
 import logging
 import math
 import os
+import sys
 from array import array
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from articles import Columns, check_articles, open_articles
-from exit_codes import STOPPED, UserError, note, run, writing
+from exit_codes import STOPPED, UserError, is_first_process, note, printable, run, writing
 from machine import check_devices
-from prompting import PROMPTS, Prompt, end_ids, load_tokenizer, prompt_of_run, read_template
+from prompting import PROMPTS, Prompt, load_tokenizer, prompt_of_run, read_template
 from run_folder import (
     ADAPTER_WEIGHTS,
     RUN_CONFIG,
@@ -43,6 +46,7 @@ from run_folder import (
 from stopping import StopRequest
 
 WINDOW = 2048  # articles that are sorted by length together; bounds what is kept in memory
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,34 @@ class Title:
     title: str  # one line, ready to submit
     raw: str  # the whole continuation
     num_new_tokens: int
-    stopped_by: str  # "eos", or "length" where the limit cut it off
+    stopped_by: str  # "eos", "line" where its line ended, or "length" where the limit cut it off
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How titles are chosen. There is no penalty on repetition, for it would count, and so ban, the
+    article's own words (`repetition_penalty`, `no_repeat_ngram_size` of transformers)."""
+
+    max_new_tokens: int
+    num_beams: int = 1
+    min_new_tokens: int | None = None
+    length_penalty: float | None = None  # of beam search: above 0 favours long titles
+
+    def __str__(self) -> str:
+        words = "greedy" if self.num_beams == 1 else f"{self.num_beams} beams"
+        words += f", at least {self.min_new_tokens} tokens" if self.min_new_tokens else ""
+        penalty = self.length_penalty
+        return words if penalty is None else f"{words}, length penalty {penalty}"
+
+    def options(self) -> dict:
+        """Return what `GenerationConfig` takes, without the limit."""
+        options = {name: value for name, value in asdict(self).items() if value is not None}
+        del options["max_new_tokens"]
+        return options
+
+
+WEIGHTS = ["nf4", "nf4-bf16", "bf16", "fp32"]
+ENGINE_HELP = "continuous: transformers' own, on whose timing roundings depend"
 
 
 def parse_args(argv=None):
@@ -65,26 +96,54 @@ def parse_args(argv=None):
     add("--model_name_or_path", help="a model as it is; with --run_dir, where its base lies now")
     add("--prompt_file", help="template with {article} (default: the run's, or prompts/fr.txt)")
     add("--apply_chat_template", action=flag, default=None, help="send it as a user's chat turn")
-    add("--base_weights", choices=["nf4", "bf16", "fp32"], help="default: nf4, bf16 if merged")
+    add("--base_weights", choices=WEIGHTS, help="default: nf4, bf16 if merged")
     add = parser.add_argument_group("data").add_argument
-    add("--input_file", required=True, help=".csv[.gz], .json[l], .parquet or a Hub dataset id")
+    add("--input_file", help=".csv[.gz], .json[l], .parquet or a Hub dataset id")
+    add("--text", help="one article instead (without either: standard input)")
     add("--text_column", default="text", help="column of the articles")
     add("--id_column", default="ID", help="column of the IDs; without it, rows count from 0")
     add("--max_length", type=int, help="tokens of prompt and title (default: 1024, or the run's)")
     add = parser.add_argument_group("generation").add_argument
     add("--max_new_tokens", type=int, help="limit of a title (default: 128, or the run's)")
-    add("--max_batch_tokens", type=int, default=8192, help="articles together: prompts and titles")
+    add("--min_new_tokens", type=int, help="no EOS before so many")
+    add("--num_beams", type=int, default=1, help="of beam search; 1: greedy")
+    add("--length_penalty", type=float, help="of beam search: above 0 favours long titles")
+    add("--max_batch_tokens", type=int, help="together, titles included (default: by free memory)")
+    add("--engine", choices=["batched", "continuous"], default="batched", help=ENGINE_HELP)
     add = parser.add_argument_group("output").add_argument
-    add("--output_file", required=True, help="CSV with ID,titles; a JSONL with details beside it")
+    add("--output_file", help="CSV with ID,titles; a JSONL with details beside it")
     add("--max_time", type=float, help="minutes after which to stop, with exit code 75")
     args = parser.parse_args(argv)
-    for name in ("max_length", "max_new_tokens", "max_batch_tokens", "max_time"):
-        if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
+    for name, value in vars(args).items():
+        if name == "length_penalty":
+            if value is not None and not math.isfinite(value):
+                parser.error(f"--{name} {value}: give a finite number")
+        elif type(value) in (int, float) and not 0 < value < math.inf:
             parser.error(f"--{name} {value}: give a {'finite ' * (value > 0)}number above 0")
     if not args.run_dir and not args.model_name_or_path:
         parser.error("give --run_dir, or --model_name_or_path for a model as it is")
-    if not args.output_file.endswith(".csv"):
-        parser.error(f"--output_file {args.output_file}: give a name that ends in .csv")
+    if args.num_beams == 1 and args.length_penalty is not None:
+        parser.error("--length_penalty: it weighs beams; give --num_beams above 1, or leave it out")
+    limit = args.max_new_tokens
+    if limit and args.min_new_tokens and args.min_new_tokens > limit:
+        parser.error(f"--min_new_tokens {args.min_new_tokens}: above --max_new_tokens {limit}")
+    if args.engine == "continuous" and (args.num_beams > 1 or args.min_new_tokens):
+        parser.error("--engine continuous: it knows no --num_beams, no --min_new_tokens")
+    if args.input_file:
+        if args.text is not None:
+            parser.error("--text: give it or --input_file, not both")
+        if not args.output_file:
+            parser.error("--input_file: give --output_file too, the titles' CSV")
+        if not args.output_file.endswith(".csv"):
+            parser.error(f"--output_file {args.output_file}: give a name that ends in .csv")
+        return args
+    for name in ("output_file", "max_time", "max_batch_tokens"):
+        if getattr(args, name) is not None:
+            parser.error(f"--{name}: give --input_file too; the title of one article is printed")
+    if args.engine == "continuous":
+        parser.error("--engine continuous: give --input_file too; it is for many articles")
+    if args.text is None and sys.stdin.isatty():
+        parser.error("give --input_file, --text, or one article on standard input")
     return args
 
 
@@ -93,6 +152,8 @@ def main(argv=None):
     columns = Columns(text=args.text_column, title=None, id=args.id_column)
 
     # ------------------------------------------------------------------ check all input first
+    if not args.input_file:
+        return write_one(args)
     source = find_model(args)
     template = read_template(args.prompt_file) if args.prompt_file else None
     output_file = Path(args.output_file)
@@ -100,10 +161,9 @@ def main(argv=None):
         raise UserError(args.output_file, "there is no such folder", "make it first")
     check_links(output_file.parent.glob(f"{glob.escape(output_file.stem)}.*"))
     checked = check_articles(args.input_file, columns, "test")
-    base_folder = resolve_model_folder(source["model"])
-    if source["adapter"]:
-        check_base(base_folder, source["model"], source["base_fingerprint"], source["run_dir"])
+    base_folder = find_base(source)
     settings = prompt_settings(args, template, source["prompt"])
+    decoding = decoding_of(args, settings)
     record = {
         "model": source["model"],
         "model_fingerprint": model_fingerprint(base_folder),
@@ -113,9 +173,10 @@ def main(argv=None):
         "adapter_sha256": source["adapter"]
         and file_sha256(Path(source["adapter"], ADAPTER_WEIGHTS)),
         "prompt": settings,
-        "max_new_tokens": args.max_new_tokens or settings["max_title_tokens"],
-        "max_batch_tokens": args.max_batch_tokens,
-        "decoding": "greedy",
+        "max_new_tokens": decoding.max_new_tokens,
+        "max_batch_tokens": args.max_batch_tokens,  # None: what an earlier start has chosen
+        "decoding": str(decoding),
+        "engine": args.engine,
         "input": vars(checked),
         "versions": versions(),
         "commit": commit(),
@@ -127,50 +188,73 @@ def main(argv=None):
         print(f"{args.output_file} is there already, made with the same settings: nothing to do")
         return None
     check_devices()
-    tokenizer = load_tokenizer(source["run_dir"] or str(base_folder))
-    if "ids_sha256" in settings:
-        prompt = prompt_of_run(tokenizer, settings, source["run_dir"])
-    else:
-        prompt = Prompt(tokenizer, **settings)
+    prompt = make_prompt(source, base_folder, settings)
 
     lock = output_file.with_suffix(".lock")
     with locked(lock, args.output_file), StopRequest(args.max_time) as stop:
         if is_complete(output_file, record):  # by a run that ended since the first look
             return None
-        return infer(args, columns, source, base_folder, prompt, record, stop)
+        return infer(args, columns, source, base_folder, prompt, decoding, record, stop)
 
 
-def infer(args, columns, source, base_folder, prompt, record, stop):
+def write_one(args) -> None:
+    """Print the title of one article on standard output, and all else on standard error."""
+    standard_output = sys.stdout
+    with redirect_stdout(sys.stderr):
+        source = find_model(args)
+        template = read_template(args.prompt_file) if args.prompt_file else None
+        where, text = "--text", args.text
+        if text is None:
+            where = "standard input"
+            try:
+                text = sys.stdin.buffer.read().decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise UserError(where, f"not UTF-8 ({error})", "convert it") from None
+        if not text.strip():
+            raise UserError(where, "there is no article in it", "give its text")
+        base_folder = find_base(source)
+        settings = prompt_settings(args, template, source["prompt"])
+        decoding = decoding_of(args, settings)
+        check_devices()
+        prompt = make_prompt(source, base_folder, settings)
+        accelerator, model = load(source, base_folder, prompt, decoding)
+        with accelerator.autocast():
+            [title] = generate_batch(model, prompt, [prompt.encode(text).ids], decoding)
+        if title.stopped_by == "length":
+            note(f"cut after {decoding.max_new_tokens} tokens, see --max_new_tokens")
+    if is_first_process():
+        print(printable(title.title), file=standard_output, flush=True)
+    accelerator.end_training()
+
+
+def infer(args, columns, source, base_folder, prompt, decoding, record, stop):
     """Write the titles that the checked arguments ask for; return STOPPED if `stop` was asked."""
-    # These take seconds to import, which a complaint about the input should not have to wait for.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of optional kernels not installed
+    accelerator, model = load(source, base_folder, prompt, decoding)
     import torch
-    from accelerate import Accelerator
     from accelerate.utils import tqdm
 
-    from modeling import attach_adapter, load_base
-
-    # ------------------------------------------------------------------ model
-    nf4 = source["weights"] == "nf4"
-    dtype = torch.bfloat16 if source["precision"] == "bf16" else torch.float32
-    # The 4-bit model ran under autocast in training; a merged one should do as it would elsewhere.
-    autocast = nf4 and dtype == torch.bfloat16
-    accelerator = Accelerator(mixed_precision="bf16" if autocast else "no")
-    model = load_base(str(base_folder), accelerator.device, dtype, nf4)
-    if source["adapter"]:
-        model = attach_adapter(model, source["adapter"])
+    from decoding import choose_max_batch_tokens
 
     # ------------------------------------------------------------------ write titles
     articles, output_file = open_articles(args.input_file, columns, "test"), Path(args.output_file)
     rank, world_size = accelerator.process_index, accelerator.num_processes
     with accelerator.main_process_first():  # which cuts off a torn last line
         parts = Parts(output_file, record, len(articles))
+    if record["max_batch_tokens"] is None:
+        # Batches decide on roundings: an earlier start has chosen for all that come after it, and
+        # the process with the least memory for all others.
+        chosen = parts.max_batch_tokens or choose_max_batch_tokens(model, decoding.num_beams)
+        chosen = torch.tensor([chosen], device=accelerator.device)
+        record["max_batch_tokens"] = accelerator.gather(chosen).min().item()
     accelerator.wait_for_everyone()  # all have read the parts before one of them grows
     if parts.num_done:
         note(f"going on after {parts.num_done:,} titles of an earlier run")
     stop.listen()
-    progress_bar = tqdm(total=len(articles), initial=parts.num_done, unit="article")
+    progress_bar = tqdm(
+        total=len(articles), initial=parts.num_done, unit=" articles", bar_format=BAR
+    )
     stopping = False  # which it is not where all titles are there: then little is left to do
+    too_large = {}  # what did not fit into memory
     with open(part_file(output_file, rank), "ab", buffering=0) as part:
         if part.tell() == 0:
             write_line(part, record)
@@ -182,21 +266,31 @@ def infer(args, columns, source, base_folder, prompt, record, stop):
                 continue
             chunk = articles[list(window)]
             prompts = [prompt.encode(article).ids for article in chunk["text"]]
-            batches = make_batches(prompts, record["max_new_tokens"], args.max_batch_tokens)
+            batches = make_batches(prompts, decoding.max_new_tokens, record["max_batch_tokens"])
+            if args.engine == "continuous":  # all that is missing is one batch, of every process
+                left = [row for batch in batches for row in batch if not parts.is_done(start + row)]
+                batches = [left[n::world_size] for n in range(world_size)]
             for number, batch in enumerate(batches):
                 missing = {row for row in batch if not parts.is_done(start + row)}
-                if number % world_size == rank and missing:
-                    with accelerator.autocast():
-                        titles = generate_batch(
-                            model, prompt, [prompts[row] for row in batch], record["max_new_tokens"]
+                if number % world_size != rank or not missing:
+                    if accelerator.is_main_process:
+                        progress_bar.update(len(missing))  # the others are about as far
+                    continue
+                batch = {row: prompts[row] for row in batch}
+                with accelerator.autocast():
+                    if args.engine == "batched":
+                        titles = write_batch(model, prompt, batch, decoding, too_large)
+                    else:
+                        names, most = chunk["id"], record["max_batch_tokens"]
+                        titles = write_continuously(
+                            model, prompt, batch, decoding, names, most, stop.asked
                         )
-                    for row, title in zip(batch, titles, strict=True):
+                    for row, title in titles:
                         if row in missing:
                             line = {"index": start + row, "id": chunk["id"][row]} | asdict(title)
                             write_line(part, line, len(articles) - parts.num_done)
-                if accelerator.is_main_process:
-                    progress_bar.update(len(missing))  # the others are about as far
-                if missing and stop.asked():  # after a batch, so that every start gets on
+                            progress_bar.update(accelerator.is_main_process)
+                if stop.asked():  # after a batch, so that every start gets on
                     break
             stopping = stop.asked()
             if stopping:
@@ -235,13 +329,14 @@ def generate_titles(
         max_batch_tokens: as in `make_batches`.
         stop_asked: looked at before each batch; once true, no more come.
     """
-    max_new_tokens = max_new_tokens or prompt.max_title_tokens
+    decoding = Decoding(max_new_tokens or prompt.max_title_tokens)
     prompts = [prompt.encode(article).ids for article in articles]
-    for batch in make_batches(prompts, max_new_tokens, max_batch_tokens):
+    too_large = {}
+    for batch in make_batches(prompts, decoding.max_new_tokens, max_batch_tokens):
         if stop_asked():
             return
-        titles = generate_batch(model, prompt, [prompts[row] for row in batch], max_new_tokens)
-        yield from zip(batch, titles, strict=True)
+        batch = {row: prompts[row] for row in batch}
+        yield from write_batch(model, prompt, batch, decoding, too_large)
 
 
 def make_batches(
@@ -261,49 +356,127 @@ def make_batches(
     return batches
 
 
-def generate_batch(model, prompt, prompts: list[list[int]], max_new_tokens: int) -> list[Title]:
-    """Return a title for each prompt, by greedy decoding of all of them together."""
-    import torch
-    from transformers import GenerationConfig
+def write_batch(
+    model, prompt, batch: dict[int, list[int]], decoding: Decoding, too_large: dict
+) -> Iterator[tuple[int, Title]]:
+    """Yield row and title of each prompt in a batch, written together as far as memory allows.
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    eos = end_ids(prompt.tokenizer, base.generation_config)
-    # From scratch: repositories ship sampling, and penalties that count the article's own words.
-    # It replaces the model's, from which `generate` would fill whatever is left open.
-    base.generation_config = config = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(eos),
-        pad_token_id=prompt.tokenizer.eos_token_id,  # never seen: masked before, cut off after
-        use_cache=True,
+    Where it does not, the batch is halved (`decoding.in_halves`). In fp32 that changes no title. In
+    bf16 the roundings of a title go with its company, so that a run that met a full memory and one
+    that did not may differ in a few titles; `--max_batch_tokens` decides it for both.
+    """
+    from decoding import in_halves
+
+    def generate(rows: list[int]) -> list[tuple[int, Title]]:
+        titles = generate_batch(model, prompt, [batch[row] for row in rows], decoding)
+        return list(zip(rows, titles, strict=True))
+
+    def size_of(rows: list[int]) -> int:
+        return len(rows) * (max(len(batch[row]) for row in rows) + decoding.max_new_tokens)
+
+    yield from in_halves(generate, list(batch), size_of, too_large)
+
+
+def generate_batch(model, prompt, prompts: list[list[int]], decoding: Decoding) -> list[Title]:
+    """Return a title for each prompt, by decoding all of them together."""
+    from decoding import generate_ids
+
+    base = without_peft(model)
+    ends = prompt.ends(base.generation_config)
+    new_ids = generate_ids(base, prompts, ends, decoding.max_new_tokens, **decoding.options())
+    return [read_title(prompt, ends, ids) for ids in new_ids]
+
+
+def write_continuously(
+    model, prompt, batch: dict[int, list[int]], decoding: Decoding, names, most, stop_asked
+) -> Iterator[tuple[int, Title]]:
+    """Yield row and title of each prompt as it ends, by transformers' continuous batching.
+
+    `names` are the articles' IDs by row, in which a complaint tells of what failed; `most` is the
+    number of tokens that are under way at a time. The engine's thread knows of no autocast: an
+    unmerged adapter multiplies in fp32 there.
+    """
+    from decoding import generate_continuously
+
+    base = without_peft(model)
+    ends, rows = prompt.ends(base.generation_config), {names[row]: row for row in batch}
+    requests = {names[row]: ids for row, ids in batch.items()}
+    limit = decoding.max_new_tokens
+    for name, ids in generate_continuously(base, requests, ends, limit, most, stop_asked):
+        yield rows[name], read_title(prompt, ends, ids)
+
+
+def without_peft(model):
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def read_title(prompt, ends, new_ids: list[int]) -> Title:
+    """Return the title in what `ends.cut` left of a model's new ids."""
+    by_eos = new_ids[-1] in ends.ids
+    text_ids = new_ids[:-1] if by_eos else new_ids
+    return Title(
+        title=prompt.decode(text_ids),
+        raw=prompt.tokenizer.decode(
+            text_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        ),
+        num_new_tokens=len(new_ids),
+        stopped_by="eos" if by_eos else "line" if ends.ended(new_ids) else "length",
     )
-    longest = max(map(len, prompts))
-    input_ids = torch.full((len(prompts), longest), config.pad_token_id)
-    mask = torch.zeros_like(input_ids)
-    for row, ids in enumerate(prompts):  # padded on the left, whatever the tokenizer's habit
-        input_ids[row, longest - len(ids) :] = torch.tensor(ids)
-        mask[row, longest - len(ids) :] = 1
-    with torch.no_grad():
-        output = base.generate(
-            input_ids=input_ids.to(base.device),
-            attention_mask=mask.to(base.device),
-            generation_config=config,
-        )
-    titles = []
-    for new_ids in output[:, longest:].tolist():
-        end = next((n for n, token in enumerate(new_ids) if token in eos), None)
-        titles.append(
-            Title(
-                title=prompt.decode(new_ids[:end]),
-                raw=prompt.tokenizer.decode(
-                    new_ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
-                ),
-                num_new_tokens=len(new_ids) if end is None else end + 1,
-                stopped_by="length" if end is None else "eos",
-            )
-        )
-    return titles
+
+
+def load(source: dict, base_folder: Path, prompt, decoding: Decoding):
+    """Return the accelerator and, on its device, the model that `find_model` found."""
+    # These take seconds to import, which a complaint about the input should not have to wait for.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of optional kernels not installed
+    import torch
+    from accelerate import Accelerator
+
+    from decoding import free_memory
+    from modeling import attach_adapter, dequantize_base, load_base
+    from packing import use_packed_attention
+
+    nf4 = source["weights"] in ("nf4", "nf4-bf16")
+    dtype = torch.bfloat16 if source["precision"] == "bf16" else torch.float32
+    # The 4-bit model ran under autocast in training; a merged one should do as it would elsewhere.
+    autocast = nf4 and dtype == torch.bfloat16
+    accelerator = Accelerator(mixed_precision="bf16" if autocast else "no")
+    model = load_base(str(base_folder), accelerator.device, dtype, nf4)
+    if nf4:
+        shapes = (p.quant_state.shape for p in model.parameters() if hasattr(p, "quant_state"))
+        size = sum(map(math.prod, shapes)) * dtype.itemsize
+        # On a CPU, each product dequantizes its layer: doing it once gives the same bits. (CUDA has
+        # kernels for a few rows that round otherwise, so there it has to be asked for.)
+        roomy = accelerator.device.type == "cpu" and size < free_memory(accelerator.device) / 2
+        if source["weights"] == "nf4-bf16" or roomy:
+            dequantize_base(model)
+            note(f"4-bit weights dequantized once, to {size / 2**30:.1f} GiB: faster")
+    use_packed_attention(
+        model, prompt.max_length - prompt.max_title_tokens + decoding.max_new_tokens
+    )
+    if source["adapter"]:
+        model = attach_adapter(model, source["adapter"])
+    return accelerator, model
+
+
+def find_base(source: dict) -> Path:
+    """Return the folder of the weights, checked to be those that the adapter was trained on."""
+    folder = resolve_model_folder(source["model"])
+    if source["adapter"]:
+        check_base(folder, source["model"], source["base_fingerprint"], source["run_dir"])
+    return folder
+
+
+def make_prompt(source: dict, base_folder: Path, settings: dict) -> Prompt:
+    """Return the prompt of these settings, which are checked if they are a run's own."""
+    tokenizer = load_tokenizer(source["run_dir"] or str(base_folder))
+    if "ids_sha256" in settings:
+        return prompt_of_run(tokenizer, settings, source["run_dir"])
+    return Prompt(tokenizer, **settings)
+
+
+def decoding_of(args, settings: dict) -> Decoding:
+    limit = args.max_new_tokens or settings["max_title_tokens"]
+    return Decoding(limit, args.num_beams, args.min_new_tokens, args.length_penalty)
 
 
 def find_model(args) -> dict:
@@ -354,7 +527,7 @@ def find_model(args) -> dict:
         "model": model,
         "adapter": None if merged else run_dir,
         "weights": weights,
-        "precision": precision if weights == "nf4" else weights,
+        "precision": precision if weights in ("nf4", "nf4-bf16") else weights,
         "prompt": run_config["prompt"],
         "base_fingerprint": None if merged else run_config["base_fingerprint"],
     }
@@ -403,9 +576,12 @@ def is_complete(output_file: Path, record: dict) -> bool:
 def same_settings(line: str, record: dict) -> bool:
     """Return whether titles under this header line go with those of this record.
 
-    Commit and paths may differ: what lies there is compared by its hashes.
+    Commit and paths may differ: what lies there is compared by its hashes. So may the tokens of a
+    batch where the record leaves them open.
     """
     free = {"commit": None, "model": None, "adapter": None}
+    if record.get("max_batch_tokens") is None:
+        free["max_batch_tokens"] = None
 
     def what_counts(settings: dict) -> dict:
         return settings | free | {"input": settings["input"] | {"path": None}}
@@ -452,6 +628,7 @@ class Parts:
         self.files = part_files(output_file)
         self.offsets = array("q", [-1]) * num_articles  # of the lines in their files
         self.numbers = array("h", [0]) * num_articles  # of the files
+        self.max_batch_tokens = None  # that an earlier start has chosen
         for number, file in enumerate(self.files):
             end = 0
             with file.open("rb") as stream:
@@ -461,7 +638,11 @@ class Parts:
                     if end:
                         index = self._index(file, line)
                         self.offsets[index], self.numbers[index] = end, number
-                    elif not same_settings(line, record):
+                    elif same_settings(line, record):
+                        chosen = json.loads(line).get("max_batch_tokens")
+                        if type(chosen) is int and chosen > 0:
+                            self.max_batch_tokens = chosen
+                    else:
                         raise UserError(
                             file,
                             "an unfinished run had other settings",

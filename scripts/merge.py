@@ -4,19 +4,26 @@
 
 The adapter is never added to 4-bit weights, which would be rounded once more. `--base` says to
 which weights instead: `dequantised` are those that it was trained against, `original` those from
-before the rounding to NF4. Tensors are read, merged and written one by one; no GPU is needed.
+before the rounding to NF4. Tensors are read, merged and written one by one, in memory for one of
+them; no GPU is needed.
 """
 
 import argparse
 import json
 import logging
+import math
 import os
 import shutil
+import signal
+import sys
 import tempfile
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from articles import Columns, check_articles, iterate_articles
-from exit_codes import UserError, run
+from exit_codes import UserError, note, run, writing
 from hub import check_hub, push
 from model_card import CARD, model_card
 from prompting import PROBE, end_ids, load_tokenizer, prompt_of_run
@@ -30,6 +37,7 @@ from run_folder import (
     check_model_folder,
     check_output_dir,
     file_sha256,
+    flush,
     note_override,
     read_run_config,
     resolve_model_folder,
@@ -37,7 +45,8 @@ from run_folder import (
     write_json,
 )
 
-MAX_SHARD_BYTES = 1 << 30  # of a weight file that is written; also bounds what is kept in memory
+MAX_SHARD_BYTES = 4 << 30  # of a weight file that is written
+CHECK_POSITIONS = 64  # at the end of each prompt, where titles begin: whose logits are compared
 
 
 def parse_args(argv=None):
@@ -91,12 +100,21 @@ def main(argv=None):
     texts = check_texts(args, run_config)
     base_folder = resolve_model_folder(model_name)
     check_base(base_folder, model_name, run_config["base_fingerprint"], args.run_dir)
+    check_fit(base_folder, Path(args.run_dir))
 
     # These take seconds to import, which a complaint about the input should not have to wait for.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of optional kernels not installed
     import torch
     from transformers import AutoConfig, GenerationConfig
 
+    from modeling import lora_arguments
+
+    try:
+        lora_arguments(args.run_dir)
+    except ValueError as error:
+        raise UserError(
+            Path(args.run_dir, ADAPTER_CONFIG), str(error), "merge with peft's merge_and_unload"
+        ) from None
     bf16 = run_config["arguments"]["mixed_precision"] == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
     tokenizer = load_tokenizer(args.run_dir)
@@ -105,14 +123,9 @@ def main(argv=None):
     # ------------------------------------------------------------------ merge under another name
     output_dir = Path(args.output_dir).absolute()
     output_dir.parent.mkdir(parents=True, exist_ok=True)
-    partial = tempfile.mkdtemp(prefix=f"{output_dir.name}.partial-", dir=output_dir.parent)
-    temporary = Path(partial, "merged")
-    temporary.mkdir()
-    try:
-        merge_adapter(base_folder, Path(args.run_dir), temporary, args.base, dtype)
-        config = AutoConfig.from_pretrained(base_folder, **OWN_FILES_ONLY)
-        config.dtype, config.use_cache = dtype, True
-        config.save_pretrained(temporary)
+    weights = Weights(base_folder, Path(args.run_dir), dtype, nf4)
+    with partial_folder(output_dir) as temporary:
+        weights.write(temporary, args.base)
         tokenizer.save_pretrained(temporary)
         # From scratch: what a base repository samples with would make the merged model random,
         # and may be invalid as it stands, so that nobody could save the model again.
@@ -130,95 +143,274 @@ def main(argv=None):
             "adapter_sha256": adapter_sha256,
             "merge_versions": versions(),
         }
-        if texts:
-            check = compare_logits(base_folder, nf4, args.run_dir, temporary, prompt, texts, dtype)
-            run_config["merge_check"] = check
-            print(
-                f"logits of {len(texts)} prompts against base + adapter: relative difference "
-                f"{check['relative_difference']:.2%}, same next token at "
-                f"{check['same_next_token']:.1%} of {check['positions']:,} positions"
-            )
+        unknown = {name for name, _ in weights.model.named_parameters()} - weights.files.keys()
+        if texts and unknown:  # transformers has other names for them once they are loaded
+            note(f"no check: {min(unknown)} has another name in the base's files")
+        elif texts:
+            prompts = [prompt.encode(text).ids for text in texts]
+            check = compare_logits(weights, temporary, args.base, prompts, tokenizer.eos_token_id)
+            run_config["merge_check"] = check.pop(args.base)
+            run_config["merge_check"] |= {f"{base}_base": found for base, found in check.items()}
+            describe_check(run_config["merge_check"], args.base, len(texts))
         write_json(temporary / RUN_CONFIG, run_config)
         (temporary / CARD).write_text(model_card(run_config), encoding="utf-8")
+        config = AutoConfig.from_pretrained(base_folder, **OWN_FILES_ONLY)
+        config.dtype, config.use_cache = dtype, True
+        config.save_pretrained(temporary)  # last, see `partial_folder`
         os.rename(temporary, output_dir)  # which was checked to be empty, if it is there
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     print(f"done: {args.output_dir}, adapter merged into the {args.base} base")
     if args.push_to_hub:
         push(args.output_dir, args.push_to_hub)
 
 
-def merge_adapter(base_folder: Path, adapter_dir: Path, output_dir: Path, base: str, dtype) -> None:
-    """Write the safetensors of base + adapter, tensor by tensor.
+@contextmanager
+def partial_folder(output_dir: Path):
+    """Give a folder to write to, beside the one that it becomes, and remove what is left of it.
 
-    Of each adapted layer W + (alpha / r) B A is computed in fp32 and rounded once, to `dtype`
-    (LoRA, arXiv 2106.09685, section 4.1). Layers that were 4-bit in training are first rounded to
-    NF4 and back if `base` is "dequantised", adapted or not: the adapter has learnt to live with it.
+    It lies in another, whose name says what it is. Even where this process is killed, what is left
+    is no model, for config.json comes last. SIGTERM ends a merge as Ctrl-C and an error do: with
+    nothing left.
+    """
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    partial = tempfile.mkdtemp(prefix=f"{output_dir.name}.partial-", dir=output_dir.parent)
+    temporary = Path(partial, "merged")
+    try:
+        temporary.mkdir()
+        yield temporary
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        signal.signal(signal.SIGTERM, before)
+
+
+def check_fit(base_folder: Path, adapter_dir: Path) -> None:
+    """Refuse an adapter that this cannot merge, or of another base, by its names and shapes.
 
     Raises:
-        UserError: a kind of adapter, or a layer of it, that this cannot merge.
+        UserError: as said.
     """
-    import torch
-    from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
-
-    lora = load_file(adapter_dir / ADAPTER_WEIGHTS)
-    scaling = lora_scaling(adapter_dir)
-    quantized = quantized_weights(base_folder) if base == "dequantised" else set()
-    # Where each tensor lies, and how large it becomes: the number of shards is in their names.
-    sources, shapes = {}, {}
-    for file in weight_files(base_folder):
-        with safe_open(file, framework="pt") as stream:
-            for name in stream.keys():  # noqa: SIM118 - this is no dict
-                shape = torch.Size(stream.get_slice(name).get_shape())
-                sources[name] = (file, shape.numel() * dtype.itemsize)
-                shapes[name] = shape
-    adapted = {key.split(".lora_A.")[0] for key in lora if ".lora_A." in key}
-    targets = {name.removeprefix("base_model.model.") + ".weight": name for name in adapted}
-    if missing := (targets.keys() | quantized) - sources.keys():
-        raise UserError(
-            base_folder, f"no tensor {min(missing)} in its files", "merge with peft instead"
-        )
-    for name, target in sorted(targets.items()):
-        a, b = (lora[f"{target}.lora_{matrix}.weight"].shape for matrix in "AB")
-        if (b[0], a[1]) != shapes[name]:
+    config = json.loads((adapter_dir / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    for name in ("use_dora", "fan_in_fan_out", "lora_bias", "modules_to_save"):
+        if isinstance(config, dict) and config.get(name):
+            raise UserError(
+                adapter_dir / ADAPTER_CONFIG,
+                f"{name} is not supported here",
+                "merge with peft's merge_and_unload instead",
+            )
+    lora = shapes_in([adapter_dir / ADAPTER_WEIGHTS])
+    for name in sorted(lora):
+        if not name.endswith((".lora_A.weight", ".lora_B.weight")):
+            raise UserError(
+                adapter_dir / ADAPTER_WEIGHTS,
+                f"{name} is no matrix of LoRA on a linear layer",
+                "merge with peft's merge_and_unload instead",
+            )
+    base = shapes_in(weight_files(base_folder))
+    for layer, key in sorted(adapted_layers(lora).items()):
+        name = f"{layer}.weight"
+        if name not in base:
+            raise UserError(
+                base_folder, f"no tensor {name} in its files", "merge with peft instead"
+            )
+        a, b = (lora.get(f"{key}.lora_{matrix}.weight", (0, 0)) for matrix in "AB")
+        if a[0] != b[1] or (b[0], a[1]) != base[name]:
             raise UserError(
                 adapter_dir / ADAPTER_WEIGHTS,
                 f"does not fit this base at {name}",
                 "give the base it was trained on",
             )
-    shards, filled = [[]], 0
-    for name, (_, size) in sources.items():
-        if shards[-1] and filled + size > MAX_SHARD_BYTES:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    weight_map = {}
-    for number, names in enumerate(shards, start=1):
-        merged = {}
-        for name in names:
-            with safe_open(sources[name][0], framework="pt") as stream:
-                weight = stream.get_tensor(name)
-            if weight.is_floating_point():
-                weight = weight.to(dtype)
-            if name in quantized:
-                weight = round_to_nf4(weight.to(device)).cpu()
-            if name in targets:
-                a = lora[f"{targets[name]}.lora_A.weight"].float()  # [r, in]
-                b = lora[f"{targets[name]}.lora_B.weight"].float()  # [out, r]
-                weight = (weight.float() + scaling * (b @ a)).to(dtype)
-            merged[name] = weight.contiguous()
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        file = "model.safetensors" if len(shards) == 1 else file
-        save_file(merged, output_dir / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        total = sum(size for _, size in sources.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(output_dir / "model.safetensors.index.json", index)
+
+def shapes_in(files: list[Path]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all tensors by name, which takes no reading of them."""
+    from safetensors import safe_open
+
+    shapes = {}
+    for file in files:
+        with safe_open(file, framework="np") as stream:
+            names = stream.keys()
+            shapes |= {name: tuple(stream.get_slice(name).get_shape()) for name in names}
+    return shapes
+
+
+def adapted_layers(lora) -> dict[str, str]:
+    """Return how an adapter's keys begin, by the name of the layer in the base."""
+    keys = {key.split(".lora_")[0] for key in lora}
+    return {key.removeprefix("base_model.model."): key for key in keys}
+
+
+@dataclass
+class Weights:
+    """The tensors of base and adapter, read when they are asked for and then let go of.
+
+    Args:
+        base_folder: with safetensors.
+        adapter_dir: a run folder that `check_fit` has passed.
+        dtype: of all that is computed and written.
+        nf4: whether the run trained against weights rounded to NF4.
+
+    Raises:
+        UserError: a layer that was 4-bit in training has no tensor of its own in the files.
+    """
+
+    base_folder: Path
+    adapter_dir: Path
+    dtype: object
+    nf4: bool
+
+    def __post_init__(self):
+        import torch
+
+        from modeling import decoder_linears, lora_arguments, lora_rank
+
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.files = {}
+        for file in weight_files(self.base_folder):
+            self.files |= dict.fromkeys(shapes_in([file]), file)
+        self.arguments = lora_arguments(str(self.adapter_dir))
+        lora = shapes_in([self.adapter_dir / ADAPTER_WEIGHTS])
+        self.layers = adapted_layers(lora)
+        self.model = empty_model(self.base_folder, self.dtype)
+        linear = {n for n, m in self.model.named_modules() if isinstance(m, torch.nn.Linear)}
+        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        tied = head is not None and head.weight is embedding.weight
+        for layer in sorted(self.layers):
+            if layer not in linear or (tied and self.model.get_submodule(layer) is head):
+                kind = "the embedding too" if layer in linear else "no linear layer"
+                raise UserError(
+                    self.adapter_dir / ADAPTER_WEIGHTS,
+                    f"it adapts {layer}, which is {kind} in this base",
+                    "merge with peft's merge_and_unload instead",
+                )
+            rank = lora[f"{self.layers[layer]}.lora_A.weight"][0]
+            if rank != lora_rank(self.arguments, layer):
+                raise UserError(
+                    self.adapter_dir / ADAPTER_CONFIG,
+                    f"says another rank of {layer} than its matrices have",
+                    "restore the file",
+                )
+        quantized = decoder_linears(self.model) if self.nf4 else {}
+        self.quantized = {f"{name}.weight" for name in quantized}
+        if missing := self.quantized - self.files.keys():
+            raise UserError(
+                self.base_folder,
+                f"no tensor {min(missing)} in its files",
+                "merge with peft instead",
+            )
+
+    def base(self, name: str, dequantised: bool):
+        """Return a tensor of the base, rounded to NF4 and back if it was 4-bit in training."""
+        weight = read_tensor(self.files[name], name).to(self.device)
+        if weight.is_floating_point():
+            weight = weight.to(self.dtype)
+        return round_to_nf4(weight) if dequantised and name in self.quantized else weight
+
+    def lora(self, layer: str):
+        """Return A [r, in], B [out, r], both fp32, and the scaling of an adapted layer; or None."""
+        from modeling import lora_scaling
+
+        if layer not in self.layers:
+            return None
+        file, key = self.adapter_dir / ADAPTER_WEIGHTS, self.layers[layer]
+        a, b = (
+            read_tensor(file, f"{key}.lora_{matrix}.weight").float().to(self.device)
+            for matrix in "AB"
+        )
+        return a, b, lora_scaling(self.arguments, layer, len(a))
+
+    def merged(self, name: str, base: str):
+        """Return a tensor of base + adapter.
+
+        Of each adapted layer W + scaling B A is computed in fp32 and rounded once, to `dtype`
+        (LoRA, arXiv 2106.09685, section 4.1). Layers that were 4-bit in training are first rounded
+        to NF4 and back if `base` is "dequantised", adapted or not: the adapter has learnt to live
+        with it.
+        """
+        import torch
+
+        weight = self.base(name, base == "dequantised")
+        if (lora := self.lora(name.removesuffix(".weight"))) is not None:
+            a, b, scaling = lora
+            with torch.autocast(self.device.type, enabled=False):  # in which the check runs
+                product = b @ a
+            product.mul_(scaling).add_(weight)  # in place: it may be large
+            weight = product.to(self.dtype)
+        return weight
+
+    def write(self, folder: Path, base: str) -> None:
+        """Write all tensors of base + adapter, in shards, each tensor as soon as it is computed.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        shapes, shards, filled = {}, [[]], 0
+        for file in dict.fromkeys(self.files.values()):
+            shapes |= shapes_in([file])
+        sizes = {name: self._header(name, shapes[name], 0)[1] for name in self.files}
+        for name, size in sizes.items():
+            if shards[-1] and filled + size > MAX_SHARD_BYTES:
+                shards.append([])
+                filled = 0
+            shards[-1].append(name)
+            filled += size
+        weight_map = {}
+        for number, names in enumerate(shards, start=1):
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            file = "model.safetensors" if len(shards) == 1 else file
+            weight_map |= dict.fromkeys(names, file)
+            header, end = {"__metadata__": {"format": "pt"}}, 0
+            for name in names:
+                header[name], end = self._header(name, shapes[name], end)
+            header = json.dumps(header).encode()
+            header += b" " * (-len(header) % 8)
+            with (
+                writing(folder / file, 8 + len(header) + end),
+                open(folder / file, "wb", buffering=0) as stream,
+            ):
+                stream.write(len(header).to_bytes(8, "little") + header)
+                for name in names:
+                    write_tensor(stream, self.merged(name, base))
+            flush(folder / file)
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+            write_json(folder / "model.safetensors.index.json", index)
+
+    def _header(self, name: str, shape: tuple[int, ...], start: int) -> tuple[dict, int]:
+        """Return what a safetensors file says of a tensor, and where its bytes end."""
+        dtype = stored_dtype(self.files[name], name)
+        if dtype not in BYTES:
+            raise UserError(self.files[name], f"{name} is {dtype}", "convert the base to BF16")
+        if dtype in FLOATS:
+            dtype = {2: "BF16", 4: "F32"}[self.dtype.itemsize]
+        end = start + math.prod(shape) * BYTES[dtype]
+        return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}, end
+
+
+FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+BYTES = FLOATS | {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+def stored_dtype(file: Path, name: str) -> str:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="np") as stream:
+        return stream.get_slice(name).get_dtype()
+
+
+def read_tensor(file: Path, name: str):
+    """Return a tensor of a file. The file is mapped anew for each: what is mapped counts as this
+    process's memory until then."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as stream:
+        return stream.get_tensor(name).clone()
+
+
+def write_tensor(stream, tensor) -> None:
+    import torch
+
+    content = memoryview(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    while content:
+        content = content[stream.write(content) :]
 
 
 def is_merged(output_dir: str, adapter_sha256: str, base: str) -> bool:
@@ -249,34 +441,17 @@ def base_generation_config(base_folder: Path):
         return None
 
 
-def lora_scaling(adapter_dir: Path) -> float:
-    """Return alpha / r of a plain LoRA adapter.
-
-    Raises:
-        UserError: a variant whose product is scaled or composed in another way.
-    """
-    config = json.loads((adapter_dir / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    for name in ("use_rslora", "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern"):
-        if config.get(name):
-            raise UserError(
-                adapter_dir / ADAPTER_CONFIG,
-                f"{name} is not supported here",
-                "merge with peft's merge_and_unload instead",
-            )
-    return config["lora_alpha"] / config["r"]
-
-
-def quantized_weights(base_folder: Path) -> set[str]:
-    """Return the names of the weights that `modeling.load_base` holds in NF4."""
-    import torch
+def empty_model(base_folder: Path, dtype):
+    """Return the base without weights, in evaluation mode; the few buffers that it computes itself
+    are there."""
+    from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from modeling import decoder_linears
-
     config = AutoConfig.from_pretrained(base_folder, **OWN_FILES_ONLY)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    return {f"{name}.weight" for name in decoder_linears(model)}
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=dtype)
+    model.tie_weights()
+    return model.eval()
 
 
 def round_to_nf4(weight):
@@ -287,29 +462,105 @@ def round_to_nf4(weight):
     return dequantize_4bit(packed, state)
 
 
-def compare_logits(base_folder, nf4, adapter_dir, merged_folder, prompt, texts, dtype) -> dict:
-    """Return how far the merged model's logits are from those of base and adapter in training."""
+def compare_logits(
+    weights: Weights, merged_folder: Path, base: str, prompts: list[list[int]], pad_id: int
+) -> dict[str, dict]:
+    """Return how far logits of the merged model are from those of base and adapter in training, by
+    base: of the one that was written, as it lies there, and of the other that might have been.
+
+    The models run layer by layer, on all prompts together, with one module's weights in memory.
+    """
     import torch
 
-    from modeling import attach_adapter, load_base
+    from decoding import pad_left
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, written = weights.model, {}
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(weights.device))
+    for file in weight_files(merged_folder):
+        written |= dict.fromkeys(shapes_in([file]), file)
+    bases = ("dequantised", "original") if weights.nf4 else ("original",)
+    sources = {None: lambda name: weights.base(name, weights.nf4)}
+    sources |= {which: lambda name, which=which: weights.merged(name, which) for which in bases}
+    sources[base] = lambda name: read_tensor(written[name], name).to(weights.device)
+    ids, mask = pad_left(prompts, pad_id, weights.device)
+    keep = min(CHECK_POSITIONS, ids.shape[1])
+    counted = mask[:, -keep:].bool()
 
-    def logits(model):
-        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            ids = (torch.tensor([prompt.encode(text).ids], device=device) for text in texts)
-            return torch.cat([model(input_ids=i, use_cache=False).logits[0].float() for i in ids])
+    def logits(source, lora):
+        with streamed(model, source, lora), torch.no_grad():
+            bf16 = weights.dtype == torch.bfloat16
+            with torch.autocast(weights.device.type, torch.bfloat16, enabled=bf16):
+                output = model(
+                    input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=keep
+                )
+            return output.logits[:, -keep:][counted].float()
 
-    # One after the other, so that only one of the two is in memory.
-    model = attach_adapter(load_base(str(base_folder), device, dtype, nf4), adapter_dir)
-    reference = logits(model)
-    del model
-    merged = logits(load_base(str(merged_folder), device, dtype, nf4=False))
-    return {
-        "relative_difference": ((merged - reference).norm() / reference.norm()).item(),
-        "same_next_token": (merged.argmax(-1) == reference.argmax(-1)).float().mean().item(),
-        "positions": len(reference),
-    }
+    reference = logits(sources.pop(None), weights.lora)
+    found = {}
+    for which, source in sources.items():
+        merged = logits(source, lambda layer: None)
+        same = (merged.argmax(-1) == reference.argmax(-1)).float().mean()
+        found[which] = {
+            "relative_difference": ((merged - reference).norm() / reference.norm()).item(),
+            "same_next_token": same.item(),
+            "positions": len(reference),
+        }
+    return found
+
+
+def describe_check(check: dict, base: str, rows: int) -> None:
+    other = {"dequantised": "original", "original": "dequantised"}[base]
+    for which, found in ((base, check), (other, check.get(f"{other}_base"))):
+        if found:
+            print(
+                f"logits of {rows} prompts, {which} base, against base + adapter: relative "
+                f"difference {found['relative_difference']:.2%}, same next token at "
+                f"{found['same_next_token']:.1%} of {found['positions']:,} positions"
+            )
+
+
+@contextmanager
+def streamed(model, source: Callable, lora: Callable):
+    """Let a model without weights run: each module gets its own from `source(name)` when it is
+    called, and its LoRA from `lora(layer)`, and loses them afterwards.
+
+    Tensors that are tied are one: they are asked for under the name that comes first.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    names = {id(p): name for name, p in model.named_parameters()}
+    hooks = []
+
+    def stream(module_name, module):
+        own = dict(module.named_parameters(recurse=False))
+
+        def fill(*_):
+            for key, empty in own.items():
+                weight = source(names[id(empty)])
+                setattr(module, key, torch.nn.Parameter(weight, requires_grad=False))
+
+        def empty_again(_, inputs, output):
+            for key, empty in own.items():
+                setattr(module, key, empty)
+            if (matrices := lora(module_name)) is None:
+                return output
+            a, b, scaling = matrices
+            return output + F.linear(F.linear(inputs[0], a), b) * scaling  # as PEFT, in autocast
+
+        if own:
+            hooks.append(module.register_forward_pre_hook(fill))
+            hooks.append(module.register_forward_hook(empty_again))
+
+    for module_name, module in model.named_modules():
+        stream(module_name, module)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def check_texts(args, run_config: dict) -> list[str]:

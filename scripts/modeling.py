@@ -4,6 +4,8 @@ Nothing about precision is assumed: what was asked for is checked on the loaded 
 """
 
 import json
+import math
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -205,7 +207,7 @@ def attach_adapter(base, adapter_dir: str):
         UserError: the folder has no readable adapter, or one made for another base.
     """
     try:
-        model = get_peft_model(base, LoraConfig(**_lora_arguments(adapter_dir)))
+        model = get_peft_model(base, LoraConfig(**lora_arguments(adapter_dir)))
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(
             adapter_dir, f"no usable {ADAPTER_CONFIG} ({error})", "give a run folder"
@@ -244,24 +246,64 @@ def adapter_state_dict(model) -> dict[str, torch.Tensor]:
     return get_peft_model_state_dict(model, save_embedding_layers=False)
 
 
-def _lora_arguments(adapter_dir: str) -> dict:
-    """Return the settings that train.py chooses: others name files, modules to import, or models.
+def lora_arguments(adapter_dir: str) -> dict:
+    """Return the settings of an adapter on linear layers that decide what it computes: numbers and
+    names of layers. Others name files, modules to import, or models, and no train.py sets them.
 
     Raises:
-        ValueError: this is another kind of adapter, or one with settings that train.py never makes.
+        ValueError: this is another kind of adapter, or one with other settings.
     """
-    recorded = json.loads(Path(adapter_dir, "adapter_config.json").read_text(encoding="utf-8"))
+    recorded = json.loads(Path(adapter_dir, ADAPTER_CONFIG).read_text(encoding="utf-8"))
     if not isinstance(recorded, dict) or recorded.get("peft_type") != "LORA":
         found = recorded.get("peft_type") if isinstance(recorded, dict) else recorded
         raise ValueError(f"peft_type is {found!r}, not 'LORA'")
     chosen = {"task_type", "r", "lora_alpha", "lora_dropout", "target_modules"}
+    chosen |= {"use_rslora", "rank_pattern", "alpha_pattern"}
     # How the matrices began does not matter, for they are loaded; nor where the base lay.
     past = {"init_lora_weights", "inference_mode", "base_model_name_or_path", "revision"}
+    past |= {"peft_version"}
     default = json.loads(json.dumps(LoraConfig().to_dict(), default=list))
     for name in sorted(default.keys() - chosen - past - {"peft_type", "auto_mapping"}):
         if name in recorded and recorded[name] != default[name]:
-            raise ValueError(f"{name} is {recorded[name]!r}, which train.py never sets")
+            raise ValueError(f"{name} is {recorded[name]!r}, which is not supported here")
     targets = recorded.get("target_modules")
     if not isinstance(targets, list):  # a string would be a regular expression
         raise ValueError(f"target_modules is {targets!r}, not a list of names")
-    return {name: recorded[name] for name in chosen & recorded.keys()}
+    for name, kinds in (("rank_pattern", (int,)), ("alpha_pattern", (int, float))):
+        pattern = recorded.get(name) or {}
+        plain = isinstance(pattern, dict) and all(
+            re.fullmatch(r"[\w.]+", key) and type(value) in kinds and value > 0
+            for key, value in pattern.items()
+        )
+        if not plain:  # PEFT takes the names for regular expressions
+            raise ValueError(f"{name} is {pattern!r}, not numbers above 0 by names of layers")
+    alpha = recorded.get("lora_alpha", default["lora_alpha"])
+    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+        raise ValueError(f"lora_alpha is {alpha!r}, not a number")
+    if type(recorded.get("use_rslora", False)) is not bool:
+        raise ValueError(f"use_rslora is {recorded['use_rslora']!r}, not true or false")
+    return {"lora_alpha": alpha} | {name: recorded[name] for name in chosen & recorded.keys()}
+
+
+def lora_rank(arguments: dict, layer: str) -> int:
+    """Return the rank of a layer, by its name in the base, in what `lora_arguments` gave."""
+    from peft.utils.other import get_pattern_key
+
+    pattern = arguments.get("rank_pattern") or {}
+    return pattern.get(get_pattern_key(pattern.keys(), layer), arguments.get("r", LoraConfig.r))
+
+
+def lora_scaling(arguments: dict, layer: str, rank: int) -> float:
+    """Return what the product B A of a layer is multiplied by: alpha / r, or alpha / sqrt(r) of
+    rank-stabilized LoRA (arXiv 2312.03732).
+
+    Args:
+        arguments: of `lora_arguments`.
+        layer: its name in the base.
+        rank: of its matrices.
+    """
+    from peft.utils.other import get_pattern_key
+
+    pattern = arguments.get("alpha_pattern") or {}
+    alpha = pattern.get(get_pattern_key(pattern.keys(), layer), arguments["lora_alpha"])
+    return alpha / (math.sqrt(rank) if arguments.get("use_rslora") else rank)

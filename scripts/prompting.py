@@ -8,6 +8,7 @@ never cut out of a tokenised whole, so that no tokeniser can merge across a bord
     `------------------ prompt, no loss -----------------'      `- loss -'
 """
 
+import functools
 import hashlib
 import json
 import re
@@ -58,6 +59,38 @@ class Example:
     @property
     def num_title_ids(self) -> int:
         return len(self.ids) - self.num_prompt_ids
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What ends a title: EOS or another end of turn, or the end of its line.
+
+    Args:
+        ids: of EOS and the other ends of turn.
+        pad_id: what rows of a batch are filled up with.
+        kinds: of each id of the vocabulary, what it holds: TEXT, BREAK and BREAK_AFTER_TEXT.
+    """
+
+    ids: frozenset[int]
+    pad_id: int
+    kinds: bytes
+
+    TEXT, BREAK, BREAK_AFTER_TEXT = 1, 2, 4
+
+    def cut(self, new_ids: list[int]) -> list[int]:
+        """Return what was written up to the first end, that included."""
+        has_text = False
+        for n, token in enumerate(new_ids):
+            kind = self.kinds[token] if token < len(self.kinds) else 0
+            breaks = kind & self.BREAK_AFTER_TEXT or (has_text and kind & self.BREAK)
+            if token in self.ids or breaks:
+                return new_ids[: n + 1]
+            has_text = has_text or bool(kind & self.TEXT)
+        return new_ids
+
+    def ended(self, cut_ids: list[int]) -> bool:
+        """Return whether what `cut` returned has come to an end."""
+        return cut_ids[-1] in self.ids or self.cut([*cut_ids, *self.ids]) == cut_ids
 
 
 class Prompt:
@@ -152,6 +185,26 @@ class Prompt:
         # No title holds control characters; files of titles may not, and terminals obey them.
         line = "".join(c for c in line if unicodedata.category(c) != "Cc").strip()
         return next((part.strip() for part in self.markers.split(line) if part.strip()), "")
+
+    def ends(self, generation_config) -> Ends:
+        """Return what ends a title of a model with this generation config, or None of it."""
+        ids = frozenset(end_ids(self.tokenizer, generation_config))
+        return Ends(ids, self.tokenizer.eos_token_id, self._kinds)
+
+    @functools.cached_property
+    def _kinds(self) -> bytes:
+        """The `Ends.kinds` of the tokenizer. Half a character alone is taken for no text: a title
+        that begins with one then ends a line later than it could, and is the same."""
+        singles = [[token] for token in range(len(self.tokenizer))]
+        texts = self.tokenizer.batch_decode(
+            singles, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return bytes(
+            Ends.TEXT * bool(text.strip().strip("\ufffd"))
+            | Ends.BREAK * ("\n" in text)
+            | Ends.BREAK_AFTER_TEXT * ("\n" in text.lstrip())
+            for text in texts
+        )
 
     def settings(self) -> dict:
         """Return all that makes this prompt, as it is saved with a run, and a hash of its ids.

@@ -32,7 +32,6 @@ NEEDS = {
     "GPUs": ("torch",),
     "tokenizer": ("torch", "transformers", "accelerate"),
     "launch": ("torch", "transformers", "accelerate"),
-    "merge": ("torch", "transformers"),
     "model": LIBRARIES,
 }
 # The limit is of processor time, which is the same on a busy machine. It is not set on what waits
@@ -528,16 +527,12 @@ RUNS = {
     "merge of an adapter of another shape": merge(
         "error: run/adapter_model.safetensors: does not fit this base at "
         "model.layers.0.mlp.down_proj.weight; give the base it was trained on",
-        *("--base", "original"),
         files={"run/adapter_model.safetensors": OF_A_WIDER_BASE},
-        needs="merge",
     ),
     "merge of an adapter of other names": merge(
         "error: model: no tensor model.layers.9.mlp.down_proj.weight in its files; merge with "
         "peft instead",
-        *("--base", "original"),
         files={"run/adapter_model.safetensors": OF_OTHER_NAMES},
-        needs="merge",
     ),
 }
 OUTPUTS = {
@@ -811,6 +806,7 @@ class Rule:
 
 ABOVE_0 = Rule((0, -1, "nan", "-inf"), "{script}: error: --{name} {value}: give a number above 0")
 FINITE = Rule(("inf",), "{script}: error: --{name} {value}: give a finite number above 0")
+ANY_FINITE = Rule(("nan", "inf", "-inf"), "{script}: error: --{name} {value}: give a finite number")
 SHARE = Rule(
     (1, -0.01, "nan", "inf", "-inf"),
     "{script}: error: --{name} {value}: give a number from 0 to below 1",
@@ -828,6 +824,7 @@ RULES = {
     ("train.py", "warmup_ratio"): [SHARE],
     ("train.py", "seed"): [BELOW_2_32],
     ("train.py", "num_eval_titles"): [BELOW_2_32],
+    ("infer.py", "length_penalty"): [ANY_FINITE],
     ("merge.py", "check_rows"): [FROM_0],
     ("make_demo.py", "train_rows"): [ROWS],
     ("make_demo.py", "validation_rows"): [ROWS],

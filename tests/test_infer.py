@@ -163,6 +163,155 @@ def test_learns_to_stop(tiny_model, tmp_path):
     assert {row["stopped_by"] for row in details(tmp_path / "out.jsonl")[1]} == {"eos"}
 
 
+# ---------------------------------------------------------------------- batches and engines
+
+
+def test_the_budget_is_chosen_once_and_written_down(
+    predicted, trained, news, tmp_path, monkeypatch, capsys
+):
+    import decoding
+
+    record, rows = details(predicted / "adapter.jsonl")
+    assert record["max_batch_tokens"] in [2**n for n in range(10, 15)]
+    # With another amount of free memory, what was finished is finished, and a run goes on as it
+    # began: other batches would have other roundings.
+    monkeypatch.setattr(decoding, "free_memory", lambda _: 1)
+    call(infer.main, "--run_dir", trained, *args_for(news, predicted / "adapter.csv"))
+    assert "nothing to do" in capsys.readouterr().out
+    lines = [json.dumps(record | {"max_batch_tokens": 700}), json.dumps({"index": 0} | rows[0])]
+    (tmp_path / "out.part-0.jsonl").write_text("\n".join(lines) + "\n")
+    call(infer.main, "--run_dir", trained, *args_for(news, tmp_path / "out.csv"))
+    assert details(tmp_path / "out.jsonl")[0]["max_batch_tokens"] == 700
+    call(infer.main, "--run_dir", trained, *args_for(news, tmp_path / "new.csv"))
+    assert details(tmp_path / "new.jsonl")[0]["max_batch_tokens"] == 1024
+
+
+def test_a_full_memory_changes_nothing_but_the_batches(
+    trained, news, tmp_path, monkeypatch, capsys
+):
+    import torch
+
+    more, generate = ("--base_weights", "fp32"), infer.generate_batch
+    call(infer.main, "--run_dir", trained, *args_for(news, tmp_path / "roomy.csv", *more))
+    sizes = []
+
+    def full(model, prompt, prompts, decoding):
+        sizes.append(len(prompts))
+        if len(prompts) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(model, prompt, prompts, decoding)
+
+    monkeypatch.setattr(infer, "generate_batch", full)
+    call(infer.main, "--run_dir", trained, *args_for(news, tmp_path / "full.csv", *more))
+    assert [size for size in sizes if size > 3] == [9, 5, 4]  # each of other lengths
+    assert capsys.readouterr().out.count("articles together") == 1
+    for suffix in ("csv", "jsonl"):
+        whole, halved = (tmp_path / f"{name}.{suffix}" for name in ("roomy", "full"))
+        assert whole.read_bytes() == halved.read_bytes()
+
+
+def test_dequantizing_once_on_a_cpu_changes_no_byte(
+    predicted, trained, news, tmp_path, monkeypatch, capsys
+):
+    import decoding
+
+    monkeypatch.setattr(decoding, "free_memory", lambda _: 1)
+    more = ("--max_batch_tokens", str(details(predicted / "adapter.jsonl")[0]["max_batch_tokens"]))
+    call(infer.main, "--run_dir", trained, *args_for(news, tmp_path / "tight.csv", *more))
+    assert "dequantized" not in capsys.readouterr().out
+    asked = ("--base_weights", "nf4-bf16")
+    call(infer.main, "--run_dir", trained, *args_for(news, tmp_path / "asked.csv", *more, *asked))
+    assert "4-bit weights dequantized once" in capsys.readouterr().out
+    for name in ("tight", "asked"):
+        assert read_csv(tmp_path / f"{name}.csv") == read_csv(predicted / "adapter.csv")
+    assert details(tmp_path / "asked.jsonl")[0]["base_weights"] == "nf4-bf16"
+
+
+def test_both_engines_keep_the_same_contract(trained, news, tmp_path):
+    more = ("--base_weights", "fp32")
+    call(infer.main, "--run_dir", trained, *args_for(news, tmp_path / "a.csv", *more))
+    more += ("--engine", "continuous")
+    call(infer.main, "--run_dir", trained, *args_for(news, tmp_path / "b.csv", *more))
+    assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
+    record, rows = details(tmp_path / "b.jsonl")
+    assert rows == details(tmp_path / "a.jsonl")[1]
+    assert record["engine"] == "continuous"
+    assert not list(tmp_path.glob("*part*"))
+
+
+def test_beams_are_recorded(trained, news, tmp_path):
+    more = ("--num_beams", "2", "--length_penalty", "0.5", "--min_new_tokens", "3")
+    call(infer.main, "--run_dir", trained, *args_for(news, tmp_path / "out.csv", *more))
+    record, rows = details(tmp_path / "out.jsonl")
+    assert record["decoding"] == "2 beams, at least 3 tokens, length penalty 0.5"
+    assert all(row["num_new_tokens"] >= 3 for row in rows)
+
+
+# ---------------------------------------------------------------------- one article
+
+
+def test_one_article_has_its_title_on_standard_output(trained, news, tmp_path, capsys):
+    import subprocess
+    import sys
+
+    more = ("--base_weights", "fp32")
+    call(infer.main, "--run_dir", trained, *args_for(news, tmp_path / "out.csv", *more))
+    article = read_csv(news / "test.csv")[4]["text"]
+    expected = read_csv(tmp_path / "out.csv")[4]["titles"] + "\n"
+    capsys.readouterr()
+    call(infer.main, "--run_dir", trained, *more, "--text", article)
+    assert capsys.readouterr().out == expected
+    command = [sys.executable, str(SCRIPTS / "infer.py"), "--run_dir", str(trained), *more]
+    piped = subprocess.run(command, input=article, capture_output=True, text=True, check=True)
+    assert piped.stdout == expected
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--text", " \n"], "error: --text: there is no article in it; give its text"),
+        ([], "error: standard input: there is no article in it; give its text"),
+        (
+            ["--text", "a", "--input_file", "b.csv"],
+            "infer.py: error: --text: give it or --input_file, not both",
+        ),
+        (
+            ["--input_file", "b.csv"],
+            "infer.py: error: --input_file: give --output_file too, the titles' CSV",
+        ),
+        (
+            ["--text", "a", "--output_file", "b.csv"],
+            "infer.py: error: --output_file: give --input_file too; the title of one article is "
+            "printed",
+        ),
+        (
+            ["--text", "a", "--engine", "continuous"],
+            "infer.py: error: --engine continuous: give --input_file too; it is for many articles",
+        ),
+        (
+            ["--text", "a", "--length_penalty", "2"],
+            "infer.py: error: --length_penalty: it weighs beams; give --num_beams above 1, or "
+            "leave it out",
+        ),
+        (
+            ["--text", "a", "--min_new_tokens", "9", "--max_new_tokens", "8"],
+            "infer.py: error: --min_new_tokens 9: above --max_new_tokens 8",
+        ),
+        (
+            ["--engine", "continuous", "--num_beams", "2"],
+            "infer.py: error: --engine continuous: it knows no --num_beams, no --min_new_tokens",
+        ),
+    ],
+)
+def test_what_makes_no_sense_together_is_refused(trained, argv, message):
+    import subprocess
+    import sys
+
+    command = [sys.executable, str(SCRIPTS / "infer.py"), "--run_dir", str(trained), *argv]
+    result = subprocess.run(command, input="", capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", message + "\n")
+
+
 # ---------------------------------------------------------------------- the run's own prompt
 
 
@@ -320,6 +469,7 @@ def test_through_accelerate_launch(run_script, predicted, trained, news, tmp_pat
     assert "done: 9 titles" in result.stdout
     assert (tmp_path / "out.csv").read_bytes() == (predicted / "adapter.csv").read_bytes()
     assert "FutureWarning" not in result.stderr
+    assert " articles/s]" in result.stderr
 
 
 def test_rows_without_ids_count_from_0(trained, news, tmp_path):

@@ -218,9 +218,11 @@ def test_large_models_are_written_in_shards(run_dir, merged, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"use_rslora": True}, "use_rslora is not supported here"),
         ({"use_dora": True}, "use_dora is not supported here"),
-        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern is not supported here"),
+        ({"lora_bias": True}, "lora_bias is not supported here"),
+        ({"rank_pattern": {"(.*)*x": 8}}, "not numbers above 0 by names of layers"),
+        ({"alpha_pattern": {"q_proj": "8"}}, "not numbers above 0 by names of layers"),
+        ({"bias": "all"}, "bias is 'all', which is not supported here"),
     ],
 )
 def test_other_variants_are_refused_and_nothing_is_left(run_dir, tmp_path, change, message):
@@ -231,6 +233,219 @@ def test_other_variants_are_refused_and_nothing_is_left(run_dir, tmp_path, chang
     with pytest.raises(UserError, match=message):
         call(merge.main, "--run_dir", copy, "--output_dir", tmp_path / "m")
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
+# ---------------------------------------------------------------------- any LoRA on linear layers
+
+
+def with_adapter(run_dir, folder, tensors, **config):
+    """Return a copy of a run whose adapter has other tensors and settings."""
+    shutil.copytree(run_dir, folder, ignore=shutil.ignore_patterns("checkpoints"))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    recorded = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(recorded | config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_rslora": True},
+        {"rank_pattern": {"q_proj": 8, "layers.1.mlp.up_proj": 3}},
+        {"alpha_pattern": {"down_proj": 5, "k_proj": 2.5}},
+        {"use_rslora": True, "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"v_proj": 7}},
+    ],
+    ids=str,
+)
+def test_patterns_and_rslora_are_merged_as_peft_does_and_inferred_alike(
+    run_dir, tmp_path, settings
+):
+    from peft import LoraConfig, get_peft_model
+
+    from modeling import adapter_state_dict, attach_adapter, load_base
+
+    run_config = json.loads((run_dir / "run_config.json").read_text())
+    recorded = json.loads((run_dir / "adapter_config.json").read_text())
+    names = ("r", "lora_alpha", "target_modules")
+    config = LoraConfig(**{n: recorded[n] for n in names}, **settings, init_lora_weights=False)
+    base = load_base(run_config["base_model"], CPU, torch.float32, nf4=False)
+    torch.manual_seed(0)
+    model = get_peft_model(base, config).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.mul_(0.1)
+    tensors = {name: t.clone() for name, t in adapter_state_dict(model).items()}
+    run = with_adapter(run_dir, tmp_path / "run", tensors, **settings)
+    again = attach_adapter(load_base(run_config["base_model"], CPU, torch.float32, False), run)
+    assert torch.equal(logits(again), logits(model))  # what infer.py has
+    expected = model.merge_and_unload().state_dict()
+    call(
+        merge.main,
+        *("--run_dir", run, "--output_dir", tmp_path / "m", "--base", "original"),
+        *("--check_rows", "0"),
+    )
+    found = load_file(tmp_path / "m/model.safetensors")
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor.float(), expected[name], rtol=2**-7, atol=1e-6, msg=name)
+
+
+def test_a_rank_that_the_matrices_do_not_have_is_refused_by_both(run_dir, tmp_path):
+    from modeling import attach_adapter, load_base
+
+    tensors = load_file(run_dir / "adapter_model.safetensors")
+    run = with_adapter(run_dir, tmp_path / "run", tensors, rank_pattern={"q_proj": 3})
+    with pytest.raises(UserError, match="q_proj than its matrices have"):
+        call(merge.main, "--run_dir", run, "--output_dir", tmp_path / "m")
+    model = json.loads((run / "run_config.json").read_text())["base_model"]
+    with pytest.raises(UserError, match="does not fit this base"):
+        attach_adapter(load_base(model, CPU, torch.float32, nf4=False), str(run))
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
+def test_the_head_is_merged_where_it_is_its_own_and_refused_where_tied(run_dir, tmp_path):
+    tensors = load_file(run_dir / "adapter_model.safetensors")
+    base = json.loads((run_dir / "run_config.json").read_text())["base_model"]
+    weights = load_file(f"{base}/model.safetensors")
+    tied = "lm_head.weight" not in weights
+    vocabulary, width = weights["model.embed_tokens.weight"].shape
+    torch.manual_seed(0)
+    a, b = torch.randn(4, width) * 0.1, torch.randn(vocabulary, 4) * 0.1
+    key = "base_model.model.lm_head.lora_"
+    tensors |= {f"{key}A.weight": a, f"{key}B.weight": b}
+    targets = json.loads((run_dir / "adapter_config.json").read_text())["target_modules"]
+    targets = {"target_modules": [*targets, "lm_head"]}
+    run = with_adapter(run_dir, tmp_path / "run", tensors, **targets)
+    options = ("--run_dir", run, "--output_dir", tmp_path / "m", "--check_rows", "2")
+    if tied:
+        with pytest.raises(UserError, match=r"no tensor lm_head\.weight in its files"):
+            call(merge.main, *options)
+        assert not (tmp_path / "m").exists()
+        return
+    call(merge.main, *options)
+    merged = load_file(tmp_path / "m/model.safetensors")
+    expected = weights["lm_head.weight"].float() + 16 / 4 * (b @ a)
+    torch.testing.assert_close(merged["lm_head.weight"], expected.bfloat16(), rtol=2**-7, atol=1e-6)
+    assert torch.equal(merged["model.embed_tokens.weight"], weights["model.embed_tokens.weight"])
+    check = json.loads((tmp_path / "m/run_config.json").read_text())["merge_check"]
+    assert check["relative_difference"] < 0.03
+
+
+def test_matrices_of_other_kinds_are_refused(trained, tmp_path):
+    tensors = load_file(trained / "adapter_model.safetensors")
+    tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"] = torch.ones(
+        2
+    )
+    run = with_adapter(trained, tmp_path / "run", tensors)
+    with pytest.raises(UserError, match="lora_magnitude_vector is no matrix of LoRA on a linear"):
+        call(merge.main, "--run_dir", run, "--output_dir", tmp_path / "m")
+
+
+def test_the_check_has_the_logits_of_the_models_it_stands_for(run_dir, merged, monkeypatch):
+    """It runs them module by module, without ever loading one."""
+    from decoding import pad_left
+    from modeling import attach_adapter, load_base
+
+    base = json.loads((run_dir / "run_config.json").read_text())["base_model"]
+    weights = merge.Weights(base_folder=merge.Path(base), adapter_dir=run_dir, **BF16)
+    prompts = [list(range(5, 90)), list(range(30, 60)), list(range(9, 100))]
+    found = {
+        which: merge.compare_logits(weights, merged / which, which, prompts, 0)
+        for which in ("dequantised", "original")
+    }
+    ids, mask = pad_left(prompts, 0, CPU)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        models = {"reference": attach_adapter(load_base(base, CPU, torch.bfloat16, True), run_dir)}
+        for which in found:
+            models[which] = load_base(str(merged / which), CPU, torch.bfloat16, nf4=False)
+        last = {
+            name: model(input_ids=ids, attention_mask=mask).logits[:, -64:][mask[:, -64:].bool()]
+            for name, model in models.items()
+        }
+    for which in ("dequantised", "original"):
+        difference = (last[which].float() - last["reference"].float()).norm()
+        expected = (difference / last["reference"].float().norm()).item()
+        # As the written files have it, and as it is worked out for the base that is not written.
+        for answer in found.values():
+            assert answer[which]["relative_difference"] == pytest.approx(expected, rel=1e-4)
+            assert answer[which]["positions"] == 64 + 30 + 64
+
+
+BF16 = {"dtype": torch.bfloat16, "nf4": True}
+
+
+def test_the_check_of_both_bases_is_printed_and_kept(run_dir, tmp_path, capsys):
+    call(merge.main, "--run_dir", run_dir, "--output_dir", tmp_path / "m", "--check_rows", "2")
+    printed = capsys.readouterr().out
+    assert "logits of 2 prompts, dequantised base, against base + adapter: relative" in printed
+    assert "logits of 2 prompts, original base, against base + adapter: relative" in printed
+    check = json.loads((tmp_path / "m/run_config.json").read_text())["merge_check"]
+    assert check["relative_difference"] < check["original_base"]["relative_difference"]
+
+
+def test_no_config_stands_beside_weights_before_all_is_done(trained, tmp_path, monkeypatch):
+    card, seen = merge.model_card, []
+
+    def look(run_config):
+        seen.append({path.name for path in tmp_path.rglob("*")})
+        return card(run_config)
+
+    monkeypatch.setattr(merge, "model_card", look)
+    call(merge.main, "--run_dir", trained, "--output_dir", tmp_path / "m", "--check_rows", "1")
+    assert "model.safetensors" in seen[0]
+    assert "config.json" not in seen[0]
+    assert (tmp_path / "m/config.json").is_file()
+
+
+INTERRUPTED = """
+import sys, time
+import merge
+write, count = merge.write_tensor, [0]
+
+def slowly(stream, tensor):
+    write(stream, tensor)
+    count[0] += 1
+    if count[0] == 5:
+        print("half way", flush=True)
+        time.sleep(60)
+
+merge.write_tensor = slowly
+merge.run(merge.main)
+"""
+
+
+@pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGINT", "SIGKILL"])
+def test_an_interrupted_merge_leaves_nothing_that_looks_like_a_model(
+    trained, tmp_path, signal_name
+):
+    import os
+    import signal
+
+    from conftest import SCRIPTS
+
+    from run_folder import check_model_folder
+
+    command = [sys.executable, "-c", INTERRUPTED, "--run_dir", str(trained)]
+    process = subprocess.Popen(
+        [*command, "--output_dir", str(tmp_path / "m")],
+        cwd=SCRIPTS,
+        env=os.environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert any("half way" in line for line in process.stdout)
+    process.send_signal(getattr(signal, signal_name))
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    left = list(tmp_path.rglob("*"))
+    if signal_name != "SIGKILL":
+        assert left == []
+    assert not (tmp_path / "m").exists()
+    for folder in (path for path in left if path.is_dir()):
+        with pytest.raises(UserError):
+            check_model_folder(str(folder))
+    call(merge.main, "--run_dir", trained, "--output_dir", tmp_path / "m", "--check_rows", "0")
+    check_model_folder(str(tmp_path / "m"))
 
 
 def test_merging_again_does_nothing_and_another_adapter_is_refused(

@@ -279,7 +279,7 @@ def test_an_infer_that_ended_while_this_one_checked_its_input_is_seen(
         for suffix in (".csv", ".jsonl"):
             shutil.copy(of.with_suffix(suffix), tmp_path / f"out{suffix}")
 
-    args = ("--run_dir", trained, *args_for(news, tmp_path / "out.csv"))
+    args = ("--run_dir", trained, *args_for(news, tmp_path / "out.csv"), "--max_new_tokens", "5")
     ask_at(monkeypatch, infer, "check_devices", 1, lambda: finish(in_batches))
     with pytest.raises(UserError, match="there are predictions of other settings already"):
         call(infer.main, *args)

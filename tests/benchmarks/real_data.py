@@ -3,8 +3,9 @@
     python tests/benchmarks/real_data.py --model MODEL --data_dir ../shared/data/inf582 \\
         --output_dir runs/real --train_rows 480 --validation_rows 200 -- --num_train_epochs 1
 
-Train, infer without fine-tuning, with the adapter, merge, infer merged, score: each the script
-itself, through `accelerate launch`, timed from outside. What follows `--` goes to train.py. The
+Train, infer without fine-tuning, with the adapter, merge into either base, infer merged, score:
+each the script itself, through `accelerate launch`, timed from outside. What follows `--` goes to
+train.py. With `--run_dir`, a run that is there is measured, from the adapter on. The
 record (figures, times, peak memory, versions, commands) is `record.json` in the output folder;
 copy it to tests/benchmarks/results/. Articles and titles stay out of it.
 """
@@ -22,6 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "scripts"
+BASES = ("dequantised", "original")
 
 
 def parse_args():
@@ -31,6 +33,7 @@ def parse_args():
     parser.add_argument("--model", required=True, help="folder of the base")
     parser.add_argument("--data_dir", required=True, help="with train.csv.gz, validation.csv.gz")
     parser.add_argument("--output_dir", required=True, help="new folder")
+    parser.add_argument("--run_dir", help="of train.py; no training, nothing without fine-tuning")
     parser.add_argument("--train_rows", type=int, help="the first so many (default: all)")
     parser.add_argument("--validation_rows", type=int, help="the first so many (default: all)")
     parser.add_argument("--prompt_file", default=str(ROOT / "prompts/fr.txt"))
@@ -46,25 +49,32 @@ def main():
     out.mkdir(parents=True)
     csv.field_size_limit(2**31 - 1)
     train, validation = out / "train.csv", out / "validation.csv"
-    take(Path(args.data_dir, "train.csv.gz"), train, args.train_rows)
+    if not args.run_dir:
+        take(Path(args.data_dir, "train.csv.gz"), train, args.train_rows)
     take(Path(args.data_dir, "validation.csv.gz"), validation, args.validation_rows)
 
     prompt = ("--prompt_file", args.prompt_file, "--max_length", args.max_length)
     model = ("--model_name_or_path", args.model)
     read = ("--input_file", validation)
-    run, merged = ("--run_dir", out / "run"), ("--run_dir", out / "merged")
-    predictions = [out / f"{name}.csv" for name in ("untuned", "adapter", "merged")]
-    steps = {
-        "train": ["train.py", *model, "--train_file", train, "--output_dir", out / "run", *prompt],
-        "infer untuned": ["infer.py", *model, *prompt, *read, "--output_file", predictions[0]],
-        "infer adapter": ["infer.py", *run, *read, "--output_file", predictions[1]],
-        "merge": ["merge.py", *run, "--output_dir", out / "merged", "--check_file", validation],
-        "infer merged": ["infer.py", *merged, *read, "--output_file", predictions[2]],
-        "score": ["score.py", "--references", validation, "--output_dir", out / "scores"],
-    }
-    steps["train"] += args.train_options
+    run_dir = Path(args.run_dir) if args.run_dir else out / "run"
+    run = ("--run_dir", run_dir)
+    first = ["train.py", *model, "--train_file", train, "--output_dir", run_dir, *prompt]
+    steps = {"train": first + args.train_options}
+    predictions = [out / f"{name}.csv" for name in ("untuned", "adapter", *BASES)]
+    steps["infer untuned"] = ["infer.py", *model, *prompt, *read, "--output_file", predictions[0]]
+    if args.run_dir:
+        del steps["train"], steps["infer untuned"], predictions[0]
+    steps["infer adapter"] = ["infer.py", *run, *read, "--output_file", out / "adapter.csv"]
+    for base in BASES:
+        folder = out / f"{base}-model"
+        merge = ["merge.py", *run, "--output_dir", folder, "--check_file", validation]
+        steps[f"merge {base}"] = [*merge, "--base", base]
+        output = ("--output_file", out / f"{base}.csv")
+        steps[f"infer {base}"] = ["infer.py", "--run_dir", folder, *read, *output]
+    steps["score"] = ["score.py", "--references", validation, "--output_dir", out / "scores"]
     steps["score"] += ["--predictions", *predictions, "--baselines", "lead1", "first40"]
-    steps["score"] += ["ext-oracle", "--runs", out / "run", out / "merged"]
+    steps["score"] += ["ext-oracle", "--compare_to", "adapter"]
+    steps["score"] += ["--runs", run_dir, *(out / f"{base}-model" for base in BASES)]
     record = {
         "machine": machine(),
         "command": " ".join(["python", "tests/benchmarks/real_data.py", *sys.argv[1:]]),
@@ -73,15 +83,14 @@ def main():
     for name, (script, *argv) in steps.items():
         print(f"== {name}", flush=True)
         record["steps"][name] = timed(args.config_file, script, argv)
-        run_config = json.loads((out / "run/run_config.json").read_text())
+        run_config = json.loads((run_dir / "run_config.json").read_text())
         record |= {key: run_config[key] for key in ("versions", "commit", "arguments")}
-        if (out / "merged/run_config.json").is_file():
-            merged = json.loads((out / "merged/run_config.json").read_text())
-            record["merge_check"] = merged["merge_check"]
+        if (merged := out / f"{BASES[0]}-model/run_config.json").is_file():
+            record["merge_check"] = json.loads(merged.read_text())["merge_check"]  # of both bases
         if (out / "scores/scores.json").is_file():
             record["scores"] = json.loads((out / "scores/scores.json").read_text())
         record["metrics"] = [
-            json.loads(line) for line in (out / "run/metrics.jsonl").read_text().splitlines()
+            json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()
         ]
         (out / "record.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     for name, step in record["steps"].items():

@@ -97,6 +97,47 @@ def test_trains_infers_and_merges_on_the_gpu(wide_model, news, tmp_path, capsys)
         assert len(read_csv(tmp_path / f"{name}.csv")) == 9
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batches_packed_rows_and_continuous_batching_on_the_gpu(wide_model, dtype):
+    """In fp32 all write the same; in bf16, whose packed rows take another kernel, most of it."""
+    from conftest import french_rows
+
+    from modeling import load_base
+    from packing import use_packed_attention
+    from prompting import Prompt, load_tokenizer
+
+    model = load_base(str(wide_model), CUDA, dtype, nf4=False)
+    prompt = Prompt(load_tokenizer(str(wide_model)), "{article}\nTitre :", False, 200, 40)
+    articles = [row["text"] for row in french_rows(12, seed=5)]
+    padded = dict(infer.generate_titles(model, prompt, articles))
+    assert use_packed_attention(model, 300)
+    packed = dict(infer.generate_titles(model, prompt, articles))
+    prompts = {row: prompt.encode(article).ids for row, article in enumerate(articles)}
+    rest = (infer.Decoding(40), [f"a{row}" for row in prompts], 2048, lambda: False)
+    continuous = dict(infer.write_continuously(model, prompt, prompts, *rest))
+    assert padded.keys() == packed.keys() == continuous.keys() == prompts.keys()
+    if dtype == torch.float32:
+        assert padded == packed == continuous
+    else:
+        # Of a random model, the first tokens: a near tie that tips changes all that follows.
+        assert sum(padded[row].title[:3] == packed[row].title[:3] for row in padded) >= 9
+
+
+def test_a_batch_that_does_not_fit_on_the_gpu_is_halved(wide_model, news, tmp_path, capsys):
+    options = ("--model_name_or_path", wide_model, "--input_file", news / "test.csv")
+    options += ("--base_weights", "fp32", "--max_batch_tokens", "100000")
+    call(infer.main, *options, "--output_file", tmp_path / "roomy.csv")
+    taken, all_of_it = torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()[1]
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(0.8 * taken / all_of_it)
+    try:
+        call(infer.main, *options, "--output_file", tmp_path / "tight.csv")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "do not fit into memory" in capsys.readouterr().out
+    assert read_csv(tmp_path / "tight.csv") == read_csv(tmp_path / "roomy.csv")
+
+
 def test_rounding_to_nf4_agrees_on_gpu_and_cpu(wide_model):
     """An adapter that was trained on a GPU can be merged on a laptop. (Not to the last bit: the
     mean that double quantization subtracts is summed in another order.)"""

@@ -1,0 +1,347 @@
+"""From prompts to new ids: the batch as a whole, its memory, and transformers' continuous batching.
+
+Nothing here knows of articles or files. The prompts of a batch are read one after the other in
+packed rows, which attend to themselves alone, where a padded batch computes the square of its
+longest row for each. Then all are continued together, ROUND tokens at a time; after each round
+those that have ended leave the batch.
+"""
+
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+
+import torch
+import torch.nn.functional as F
+from transformers import (
+    ContinuousBatchingConfig,
+    DynamicCache,
+    GenerationConfig,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.cache_utils import DynamicLayer
+
+import packing
+from exit_codes import LoneError, note
+from prompting import Ends
+
+ROUND = 16  # new tokens between two looks at who has ended
+PREFILL_TOKENS = 4096  # of prompts that are read in one packed row
+# Tokens of a batch beyond which it was no faster on 2 cores, and needs no more on a large GPU.
+MOST_BATCH_TOKENS = {"cpu": 16_384, "cuda": 131_072}
+LEAST_BATCH_TOKENS = 1024
+PAGE = 256  # tokens of a page of continuous batching's cache, in transformers 5.17 and 5.24 alike
+
+
+@torch.no_grad()
+def generate_ids(
+    model, prompts: list[list[int]], ends: Ends, max_new_tokens: int, **options
+) -> list[list[int]]:
+    """Return what the model writes after each prompt, up to what ends it, that included.
+
+    Args:
+        model: without PEFT's wrapper, in evaluation mode. If its attention is `packing.PACKED`, the
+            prompts are read in packed rows.
+        prompts: ids, at least one for each.
+        ends: what ends a title.
+        max_new_tokens: limit of each.
+        options: of `GenerationConfig`: num_beams, min_new_tokens, length_penalty.
+    """
+    # From scratch: repositories ship sampling, and penalties that count the article's own words.
+    # It replaces the model's, from which `generate` would fill whatever is left open.
+    model.generation_config = greedy(ends, max_new_tokens)
+    sequence, mask = pad_left(prompts, ends.pad_id, model.device)
+    longest, rows, written = sequence.shape[1], list(range(len(prompts))), {}
+    line_end = LineEnd(ends, longest)
+    in_rounds = options.get("num_beams", 1) == 1 and keeps_plain_cache(model)
+    cache = prefill(model, prompts) if in_rounds else None
+    min_new_tokens = options.pop("min_new_tokens", None) or 0
+    while rows:
+        done = sequence.shape[1] - longest
+        steps = min(ROUND, max_new_tokens - done) if in_rounds else max_new_tokens
+        at_least = min(min_new_tokens - done, steps)
+        sequence = model.generate(
+            input_ids=sequence,
+            attention_mask=mask,
+            generation_config=greedy(
+                ends, steps, **options, min_new_tokens=at_least if at_least > 0 else None
+            ),
+            stopping_criteria=StoppingCriteriaList([line_end]),
+            **({cache_name(model): cache} if in_rounds else {}),
+        )
+        new_ids = [ends.cut(ids) for ids in sequence[:, longest:].tolist()]
+        over = not in_rounds or sequence.shape[1] - longest >= max_new_tokens
+        keep = [n for n, ids in enumerate(new_ids) if not (over or ends.ended(ids))]
+        written |= {row: ids for n, (row, ids) in enumerate(zip(rows, new_ids, strict=True))}
+        if len(keep) < len(rows):
+            rows = [rows[n] for n in keep]
+            kept = torch.tensor(keep, dtype=torch.long, device=model.device)
+            sequence, mask = sequence[kept], mask[kept]
+            if in_rounds and keep:
+                cache.batch_select_indices(kept)
+        mask = F.pad(mask, (0, sequence.shape[1] - mask.shape[1]), value=1)
+    return [written[row] for row in range(len(prompts))]
+
+
+def greedy(ends: Ends, max_new_tokens: int, **options) -> GenerationConfig:
+    return GenerationConfig(
+        do_sample=False,
+        use_cache=True,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(ends.ids),
+        pad_token_id=ends.pad_id,  # never seen: masked before, cut off after
+        **({"num_beams": 1} | options),
+    )
+
+
+def pad_left(prompts: list[list[int]], pad_id: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids and mask, int64 [prompts, longest]: all end in the last column, whatever the
+    tokenizer's habit."""
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), pad_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+class LineEnd(StoppingCriteria):
+    """Stops a row at the end of a title's line: nothing after it would get into the title."""
+
+    def __init__(self, ends: Ends, prompt_length: int):
+        self.ends, self.prompt_length, self.kinds = ends, prompt_length, None
+
+    def __call__(self, input_ids: torch.Tensor, scores, **_) -> torch.Tensor:
+        if self.kinds is None:
+            kinds = bytearray(self.ends.kinds + b"\0")  # the last: of other ids
+            self.kinds = torch.frombuffer(kinds, dtype=torch.uint8).to(input_ids.device)
+        new_ids = input_ids[:, self.prompt_length :]
+        # Ids beyond the tokenizer's, of a vocabulary that was rounded up, are no text.
+        kinds = self.kinds[new_ids.clamp(max=len(self.kinds) - 1)]
+        has_text = (kinds & Ends.TEXT).cumsum(1) > 0
+        begun = F.pad(has_text, (1, 0))[:, :-1]  # before the token
+        ends_line = ((kinds & Ends.BREAK) > 0) & begun | ((kinds & Ends.BREAK_AFTER_TEXT) > 0)
+        return ends_line.any(1)
+
+
+def cache_name(model) -> str:
+    """Return what the model's forward calls its cache: transformers has renamed it since 5.17."""
+    known = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
+
+
+def keeps_plain_cache(model) -> bool:
+    """Return whether keys and values of all tokens are kept, so that rows can leave a batch."""
+    if not model._supports_default_dynamic_cache():
+        return False
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    return all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def prefill(model, prompts: list[list[int]]) -> DynamicCache:
+    """Return the keys and values of all prompts but their last ids, padded on the left.
+
+    `generate` goes on from there: it reads the last ids, whose logits are the first that exist.
+    Without packed attention, the cache is empty, and `generate` reads the padded prompts itself.
+    """
+    config = model.config.get_text_config(decoder=True)
+    if config._attn_implementation != packing.PACKED or min(map(len, prompts)) < 2:
+        return DynamicCache(config=config)
+    longest, padded, row = max(map(len, prompts)) - 1, [], 0
+    while row < len(prompts):
+        together = [prompts[row][:-1]]
+        while row + len(together) < len(prompts):
+            candidate = prompts[row + len(together)][:-1]
+            if sum(map(len, together)) + len(candidate) > PREFILL_TOKENS:
+                break
+            together.append(candidate)
+        cache = DynamicCache(config=config)
+        packed = packing.pack(together, model.device)
+        model(**packed, use_cache=True, logits_to_keep=1, **{cache_name(model): cache})
+        for number, layer in enumerate(cache.layers):
+            if row == 0:
+                shape = (len(prompts), layer.keys.shape[1], longest)
+                padded.append(
+                    [t.new_zeros(*shape, t.shape[-1]) for t in (layer.keys, layer.values)]
+                )
+            for target, source in zip(padded[number], (layer.keys, layer.values), strict=True):
+                start = 0
+                for n, ids in enumerate(together, start=row):
+                    target[n, :, longest - len(ids) :] = source[0, :, start : start + len(ids)]
+                    start += len(ids)
+            layer.keys = layer.values = None  # as soon as they are copied
+        row += len(together)
+    return DynamicCache(padded, config=config)
+
+
+# ---------------------------------------------------------------------- memory
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes of the device that nobody has; of a machine's, this process's share."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil  # Accelerate's
+
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def choose_max_batch_tokens(model, num_beams: int = 1) -> int:
+    """Return how many tokens of prompts and titles together the free memory has room for.
+
+    A token takes its keys and values and, while the prompts are read, its activations. A power of
+    two, so that a little more or less free memory makes no other batches, whose roundings differ.
+    """
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kept = 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize
+    wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    moving = (8 * config.hidden_size + 3 * wide) * model.dtype.itemsize
+    fits = int(0.6 * free_memory(model.device) / (num_beams * kept + moving))
+    most = MOST_BATCH_TOKENS.get(model.device.type, 16_384)
+    return max(LEAST_BATCH_TOKENS, min(most, 1 << max(0, fits.bit_length() - 1)))
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error is of memory, which on a CPU has no class of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def in_halves(generate: Callable[[list[int]], list], batch: list[int], size_of, too_large: dict):
+    """Return `generate(batch)`, or that of its halves where the batch does not fit into memory.
+
+    A size that did not fit once is not tried again, but halved at once.
+
+    Args:
+        batch: of what; a single one is not halved.
+        size_of: gives the tokens of a batch.
+        too_large: what is remembered from batch to batch; empty at first.
+
+    Raises:
+        LoneError: not even a batch of one fits.
+    """
+    tokens = size_of(batch)
+    if len(batch) == 1 or tokens < too_large.get("tokens", sys.maxsize):
+        try:
+            return generate(batch)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # Out of the except clause, or the error would keep what it must let go of.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if len(batch) == 1:
+            raise LoneError(
+                "memory",
+                f"not enough for one article with its title ({tokens:,} tokens)",
+                "lower --max_length or --max_new_tokens, or give --base_weights nf4",
+            )
+        if not too_large:
+            note(
+                f"{len(batch):,} articles together ({tokens:,} tokens) do not fit into memory; "
+                "such batches are halved. Roundings go with the batch: give --max_batch_tokens "
+                f"{tokens // 2:,} for titles that do not depend on what memory is free"
+            )
+        too_large["tokens"] = tokens
+    middle = (len(batch) + 1) // 2
+    halves = (batch[:middle], batch[middle:])
+    return [t for half in halves for t in in_halves(generate, half, size_of, too_large)]
+
+
+# ---------------------------------------------------------------------- continuous batching
+
+
+def generate_continuously(
+    model,
+    requests: dict[str, list[int]],
+    ends: Ends,
+    max_new_tokens: int,
+    max_batch_tokens: int,
+    stop_asked: Callable[[], bool] = lambda: False,
+) -> Iterator[tuple[str, list[int]]]:
+    """Yield the name of each request and its new ids, as they end, by transformers' own engine.
+
+    As many requests are under way as `max_batch_tokens` has room for. Once `stop_asked()` is true,
+    no more begin, and those under way are waited for. The engine logs errors and returns what it
+    has; here they are errors.
+
+    Args:
+        requests: prompts by name.
+
+    Raises:
+        LoneError: requests that failed or never came back, by name.
+    """
+    blocks = {name: -(-(len(ids) + max_new_tokens) // PAGE) for name, ids in requests.items()}
+    num_blocks = max(max_batch_tokens // PAGE, *blocks.values())
+    # All that decides memory is set: by default, the cache takes most of what the machine has.
+    # Without flash attention each forward attends to all requests through one mask.
+    settings = {"num_blocks": num_blocks + 1, "max_batch_tokens": min(max_batch_tokens, 1024)}
+    settings |= {"allow_block_sharing": False, "auto_switch_to_flash": False}
+    known = {field.name for field in fields(ContinuousBatchingConfig)}  # the last is new
+    settings = {name: value for name, value in settings.items() if name in known}
+    waiting, under_way, failed = list(requests)[::-1], set(), {}
+    with (
+        sdpa_attention(model),
+        model.continuous_batching_context_manager(
+            generation_config=greedy(ends, max_new_tokens),
+            continuous_batching_config=ContinuousBatchingConfig(**settings),
+            timeout=60.0,
+        ) as manager,
+    ):
+        while waiting or under_way:
+            if stop_asked():
+                waiting.clear()
+            while waiting:
+                room = num_blocks - sum(blocks[name] for name in under_way)
+                if blocks[waiting[-1]] > room:
+                    break
+                under_way.add(name := waiting.pop())
+                manager.add_request(
+                    requests[name],
+                    request_id=name,
+                    max_new_tokens=max_new_tokens,
+                    eos_token_id=sorted(ends.ids),
+                )
+            if not under_way:  # asked to stop
+                break
+            result = manager.get_result(timeout=1)
+            if result is None:
+                if manager.is_running():
+                    continue
+                break
+            if not result.is_finished():
+                continue
+            under_way.discard(result.request_id)
+            ids = ends.cut(result.generated_tokens)
+            if result.error is not None:
+                failed[result.request_id] = result.error
+            elif len(ids) < max_new_tokens and not ends.ended(ids):
+                failed[result.request_id] = "it ended neither by EOS nor by its length"
+            else:
+                yield result.request_id, ids
+    missing = [*under_way, *waiting]
+    if failed or missing:
+        names = sorted(failed) + sorted(missing)
+        reason = next(iter(failed.values()), "the engine ended without them")
+        raise LoneError(
+            "--engine continuous",
+            f"no title for {len(names):,} of {len(requests):,} articles ({', '.join(names[:20])}"
+            f"{', ...' if len(names) > 20 else ''}: {reason})",
+            "run the same command again, or use --engine batched",
+        )
+
+
+@contextmanager
+def sdpa_attention(model):
+    """Set the attention that continuous batching knows, and the one of before afterwards."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

@@ -1,0 +1,255 @@
+"""decoding.py: batches, what ends a row, memory, continuous batching.
+
+python -m pytest tests/test_decoding.py
+"""
+
+import random
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import french_rows
+
+import decoding
+import infer
+import packing
+from exit_codes import LoneError
+from infer import Decoding
+from modeling import load_base
+from prompting import Ends, Prompt, load_tokenizer
+
+CPU = torch.device("cpu")
+ARTICLES = [row["text"] for row in french_rows(9, seed=5, longest=50)]
+LIMIT = 40
+
+
+@pytest.fixture(params=["packed", "padded"])
+def loaded(request, tiny_model):
+    """A model in fp32, the prompts of the articles, and titles that end at all sorts of places."""
+    model = load_base(str(tiny_model), CPU, torch.float32, nf4=False)
+    prompt = Prompt(load_tokenizer(str(tiny_model)), "{article}\nTitre :", False, 200, LIMIT)
+    prompts = [prompt.encode(article).ids for article in ARTICLES]
+    free = Ends(frozenset({prompt.tokenizer.eos_token_id}), prompt.tokenizer.eos_token_id, b"")
+    written = decoding.generate_ids(model, prompts, free, LIMIT)
+    if request.param == "packed":
+        assert packing.use_packed_attention(model, 300)
+    # What this random model writes has neither EOS nor ends of lines; some of its tokens are now.
+    ends = Ends(free.ids | {written[0][20], written[1][3]}, free.pad_id, kinds_of(written[2][30]))
+    return model, prompts, ends, [ends.cut(ids) for ids in written]
+
+
+def kinds_of(newline: int) -> bytes:
+    kinds = bytearray([Ends.TEXT]) * 400
+    kinds[newline] = Ends.BREAK
+    return bytes(kinds)
+
+
+def test_rows_leave_when_they_end_and_change_no_other(loaded, monkeypatch):
+    model, prompts, ends, expected = loaded
+    assert len({len(ids) for ids in expected}) > 3
+    assert any(len(ids) == LIMIT for ids in expected)
+    sizes, generate = [], model.generate
+
+    def spy(input_ids, **options):
+        sizes.append(len(input_ids))
+        return generate(input_ids=input_ids, **options)
+
+    monkeypatch.setattr(model, "generate", spy)
+    assert decoding.generate_ids(model, prompts, ends, LIMIT) == expected
+    assert sizes[0] == len(prompts) > sizes[-1]
+    assert len(sizes) == 3  # rounds of 16, 16 and 8
+    alone = [decoding.generate_ids(model, [ids], ends, LIMIT)[0] for ids in prompts]
+    assert alone == expected
+
+
+def test_prompts_are_read_in_rows_of_bounded_length(loaded, monkeypatch):
+    model, prompts, ends, expected = loaded
+    monkeypatch.setattr(decoding, "PREFILL_TOKENS", 150)
+    rows = []
+    monkeypatch.setattr(packing, "pack", lambda p, d, f=packing.pack: rows.append(p) or f(p, d))
+    assert decoding.generate_ids(model, prompts, ends, LIMIT) == expected
+    if model.config._attn_implementation == packing.PACKED:
+        assert 1 < len(rows) < len(prompts)
+        assert all(sum(map(len, row)) <= 150 or len(row) == 1 for row in rows)
+    else:
+        assert not rows
+
+
+def test_logits_exist_for_last_positions_alone(loaded):
+    model, prompts, ends, _ = loaded
+    shapes = []
+    hook = model.lm_head.register_forward_hook(lambda *call: shapes.append(call[2].shape))
+    decoding.generate_ids(model, prompts, ends, 4)
+    hook.remove()
+    assert len(shapes) >= 4
+    assert {shape[1] for shape in shapes} == {1}
+
+
+def test_beams_and_least_lengths_do_not_depend_on_the_batch(loaded):
+    model, prompts, ends, greedy = loaded
+    for options in ({"num_beams": 3}, {"num_beams": 3, "length_penalty": -3.0}):
+        together = decoding.generate_ids(model, prompts, ends, 12, **options)
+        alone = [decoding.generate_ids(model, [ids], ends, 12, **options)[0] for ids in prompts]
+        assert together == alone
+        assert together != [ids[:12] for ids in greedy]
+    short = min(map(len, greedy))
+    assert short < 25
+    eos_only = Ends(ends.ids, ends.pad_id, b"")
+    longer = decoding.generate_ids(model, prompts, eos_only, LIMIT, min_new_tokens=25)
+    assert all(len(ids) >= 25 for ids in longer)
+    assert not any(token in ends.ids for ids in longer for token in ids[:24])
+
+
+def test_the_criterion_of_a_line_is_that_of_cutting():
+    rng, kinds = random.Random(0), bytes([0, 1, 2, 3, 5, 7, 1])
+    ends, found = Ends(frozenset({99}), 99, kinds), 0
+    for _ in range(300):
+        ids = [rng.choice([*range(7), 8, 10**6]) for _ in range(rng.randint(1, 6))]
+        cut = ends.cut(ids)
+        stops = decoding.LineEnd(ends, 2)(torch.tensor([[3, 3, *ids]]), None).tolist()
+        assert stops == [ends.ended(cut)], ids
+        assert len(cut) == len(ids) or ends.ended(cut)
+        found += stops[0]
+    assert 100 < found < 250
+
+
+def test_a_title_ends_where_its_line_does(tiny_model):
+    """Neither before it has begun, nor later than at the newline that would be cut off."""
+    prompt = Prompt(load_tokenizer(str(tiny_model)), "{article}\nTitre :", False, 160, 12)
+    ends, tokenizer = prompt.ends(None), prompt.tokenizer
+    ids = tokenizer("\n \n Le maire\nde Nîmes").input_ids
+    cut = ends.cut(ids)
+    assert tokenizer.decode(cut) == "\n \n Le maire\n"
+    assert prompt.decode(cut) == prompt.decode(ids) == "Le maire"
+    assert ends.ended(cut)
+    assert not ends.ended(cut[:-1])
+    title = infer.read_title(prompt, ends, cut)
+    assert (title.stopped_by, title.num_new_tokens) == ("line", len(cut))
+    assert infer.read_title(prompt, ends, [*cut[:-1], tokenizer.eos_token_id]).stopped_by == "eos"
+    assert infer.read_title(prompt, ends, cut[:-1]).stopped_by == "length"
+
+
+# ---------------------------------------------------------------------- memory
+
+
+def test_a_batch_that_does_not_fit_is_halved_once_per_size_and_said_once(loaded, capsys):
+    model, prompts, ends, expected = loaded
+    tried, too_large = [], {}
+
+    def generate(rows):
+        tried.append(len(rows))
+        if len(rows) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        ids = decoding.generate_ids(model, [prompts[row] for row in rows], ends, LIMIT)
+        return list(zip(rows, ids, strict=True))
+
+    for _ in range(2):
+        rows = list(range(9))
+        found = decoding.in_halves(generate, rows, lambda batch: 100 * len(batch), too_large)
+        assert found == list(enumerate(expected))
+    assert [size for size in tried if size > 2] == [9, 5, 3]  # none of them a second time
+    assert capsys.readouterr().out.count("do not fit into memory") == 1
+
+
+def test_an_article_that_does_not_fit_alone_is_a_complaint():
+    def generate(_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")
+
+    with pytest.raises(LoneError, match="not enough for one article with its title"):
+        decoding.in_halves(generate, [1, 2], len, {})
+
+
+def test_other_errors_are_not_of_memory():
+    with pytest.raises(RuntimeError, match="shapes"):
+        decoding.in_halves(lambda _: exec("raise RuntimeError('shapes')"), [1, 2], len, {})
+
+
+def test_the_budget_goes_by_free_memory_in_powers_of_two(loaded, monkeypatch):
+    model = loaded[0]
+    budgets = []
+    for free in (1 << 20, 1 << 25, 1 << 25 | 1 << 20, 1 << 50):
+        monkeypatch.setattr(decoding, "free_memory", lambda _, free=free: free)
+        budgets.append(decoding.choose_max_batch_tokens(model))
+    assert budgets[0] == decoding.LEAST_BATCH_TOKENS
+    assert budgets[0] < budgets[1] == budgets[2] < budgets[3] == 16_384
+    monkeypatch.setattr(decoding, "free_memory", lambda _: 1 << 25)
+    assert decoding.choose_max_batch_tokens(model, num_beams=8) < budgets[1]
+
+
+# ---------------------------------------------------------------------- continuous batching
+
+
+def test_continuous_batching_writes_the_same(loaded):
+    """With room for a few requests at a time, which all have to come and go."""
+    model, prompts, ends, expected = loaded
+    before = model.config._attn_implementation
+    requests = {f"a{n}": ids for n, ids in enumerate(prompts)}
+    found = dict(decoding.generate_continuously(model, requests, ends, LIMIT, 1024))
+    assert [found[f"a{n}"] for n in range(9)] == expected
+    assert model.config._attn_implementation == before
+
+
+def test_continuous_batching_begins_nothing_once_it_is_to_stop(loaded):
+    model, prompts, ends, _ = loaded
+    requests, asked = {f"a{n}": ids for n, ids in enumerate(prompts)}, iter([False])
+    found = decoding.generate_continuously(model, requests, ends, 4, 512, lambda: next(asked, True))
+    assert 0 < len(list(found)) < 9
+
+
+@pytest.mark.parametrize(
+    ("answers", "complaint"),
+    [
+        ({"a1": "boom"}, r"no title for 1 of 3 articles \(a1: boom\); run"),
+        ({"a0": None}, r"no title for 1 of 3 articles \(a0: the engine ended without them\)"),
+        ({"a2": 3}, r"no title for 1 of 3 articles \(a2: it ended neither by EOS nor by its len"),
+    ],
+)
+def test_failed_and_missing_requests_are_named(monkeypatch, answers, complaint):
+    """The engine itself would log them and return the rest."""
+    ends = Ends(frozenset({99}), 99, b"")
+
+    class Manager:
+        def __init__(self):
+            self.waiting = []
+
+        def add_request(self, ids, request_id, **_):
+            self.waiting.append(request_id)
+
+        def get_result(self, timeout):
+            while self.waiting:
+                name = self.waiting.pop(0)
+                answer = answers.get(name, 5)
+                if answer is not None:
+                    error = answer if isinstance(answer, str) else None
+                    ids = [7] * (answer if isinstance(answer, int) else 0) or [7]
+                    return SimpleNamespace(
+                        request_id=name,
+                        error=error,
+                        generated_tokens=ids,
+                        is_finished=lambda: True,
+                    )
+            return None
+
+        def is_running(self):
+            return False
+
+    @contextmanager
+    def manager(**_):
+        yield Manager()
+
+    model = SimpleNamespace(
+        continuous_batching_context_manager=manager,
+        config=SimpleNamespace(_attn_implementation="sdpa"),
+        set_attn_implementation=lambda name: None,
+    )
+    requests, found = {f"a{n}": [1, 2] for n in range(3)}, {}
+    titles = decoding.generate_continuously(model, requests, ends, 5, 4096)
+    with pytest.raises(LoneError, match=complaint):
+        found.update(titles)
+    assert found.keys() == requests.keys() - answers.keys()
+
+
+def test_decoding_is_told_in_words():
+    assert str(Decoding(5)) == "greedy"
+    assert str(Decoding(5, 4, 3, -0.5)) == "4 beams, at least 3 tokens, length penalty -0.5"
