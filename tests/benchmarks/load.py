@@ -3,8 +3,9 @@
     python tests/benchmarks/load.py --output_dir runs/load
 
 make_demo.py invents corpora of 10,000 and of 1,000,000 articles, and a model that is hardly
-trained. On each corpus train.py makes one update, and infer.py is stopped at its first titles. The
-record (seconds, peak memory, disk) is `record.json` in the output folder; copy it to
+trained (or `--model`, a folder). On each corpus train.py makes `--updates` updates, and infer.py is
+stopped at its first titles. The record (seconds, peak memory, disk, and the median tokens per
+second of the updates after the first) is `record.json` in the output folder; copy it to
 tests/benchmarks/results/. It takes about 3 GB of disk, most of which is freed at the end.
 """
 
@@ -15,6 +16,7 @@ import os
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -33,6 +35,8 @@ def parse_args():
     )
     parser.add_argument("--output_dir", required=True, help="new folder")
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 1_000_000])
+    parser.add_argument("--model", help="folder of another model")
+    parser.add_argument("--updates", type=int, default=1)
     return parser.parse_args()
 
 
@@ -42,7 +46,7 @@ def main():
     out.mkdir(parents=True)
     make("--output_dir", out / "small", *MODEL)
     # Rows are cut short: the memory of one update must not hide what the file takes.
-    model = ("--model_name_or_path", out / "small/model", "--max_length", 256)
+    model = ("--model_name_or_path", args.model or out / "small/model", "--max_length", 256)
     record = {
         "machine": machine(),
         "command": " ".join(["python", "tests/benchmarks/load.py", *sys.argv[1:]]),
@@ -59,10 +63,16 @@ def main():
         infer = ["infer.py", *model, "--input_file", file, "--output_file", titles]
         record["corpora"][f"{rows}"] = {
             "file_mib": round(file.stat().st_size / 2**20),
-            "train": measure(out, [*train, "--max_train_steps", 1], lambda m=metrics: lines(m) > 0),
+            "train": measure(
+                out, [*train, "--max_train_steps", args.updates], lambda m=metrics: lines(m) > 0
+            ),
             # The first line of a part is its settings.
             "infer": measure(out, infer, lambda p=part: lines(p) > 1, stop=True),
         }
+        updates = [json.loads(line) for line in metrics.read_text().splitlines()][1:]
+        if updates:
+            pace = statistics.median(update["tokens"] / update["seconds"] for update in updates)
+            record["corpora"][f"{rows}"]["train"]["tokens_per_second"] = round(pace, 1)
         run_config = json.loads((run / "run_config.json").read_text())
         record |= {key: run_config[key] for key in ("versions", "commit")}
         (out / "record.json").write_text(json.dumps(record, indent=1) + "\n")

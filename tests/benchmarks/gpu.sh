@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# All that is to be measured on a GPU, each part within ten minutes on an H100 or H200:
+#
+#   bash tests/benchmarks/gpu.sh OUT                  the tests, then training and titles at 7B
+#   bash tests/benchmarks/gpu.sh OUT train variants   these parts alone
+#   SMOLLM2=FOLDER INF582=FOLDER bash tests/benchmarks/gpu.sh OUT real    the report's experiment
+#   MODEL=tiny UPDATES=8 ROWS=6 bash tests/benchmarks/gpu.sh OUT          a try on a CPU
+#
+# OUT gets a JSON for each part, with device, versions and command, and a log.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+OUT="${1:?give a folder}"
+shift
+MODEL="${MODEL:-llama-2-7b}" UPDATES="${UPDATES:-100}" ROWS="${ROWS:-1500}"
+export HF_HUB_OFFLINE=1
+mkdir -p "$OUT"
+
+part() {  # part NAME COMMAND...: its output goes to a log, of which the end is shown
+  echo "== $1"
+  "${@:2}" > "$OUT/$1.log" 2>&1 || echo "$1 answered $?"
+  tail -n 15 "$OUT/$1.log"
+}
+bench() { python "tests/benchmarks/$1.py" --model "$MODEL" "${@:2}"; }
+
+[ $# -gt 0 ] || set -- tests train variants smallest estimates overhead titles
+for name in "$@"; do
+  case "$name" in
+    tests) part tests python -m pytest -q -m gpu tests/gpu ;;
+    train) part train bench bench_train --updates "$UPDATES" --rounds 2 --lora_dropout 0 \
+      --ours "nf4-bf16=--base_weights nf4-bf16" --output_file "$OUT/bench_train_gpu.json" ;;
+    # What pays: each against the first, at the same articles per update.
+    variants) part variants bench bench_train --updates "$UPDATES" --rounds 1 --loops ours \
+      --ours "8x1=--per_device_train_batch_size 8 --gradient_accumulation_steps 1" \
+      "2x4=--per_device_train_batch_size 2 --gradient_accumulation_steps 4" \
+      "no-dropout=--lora_dropout 0" "full=--activation_checkpointing full" \
+      "nf4-bf16-8x1=--base_weights nf4-bf16 --lora_dropout 0 --per_device_train_batch_size 8
+       --gradient_accumulation_steps 1" --output_file "$OUT/bench_variants_gpu.json" ;;
+    smallest) part smallest bench bench_train --updates 20 --rounds 1 --loops --lora_dropout 0 \
+      --ours "smallest=--activation_checkpointing full" --output_file "$OUT/bench_small_gpu.json" ;;
+    estimates) part estimates bench estimates --updates 24 --output_file "$OUT/estimates_gpu.json" \
+      --only "nf4, 4 x 2" "nf4, every layer" "nf4, dropout 0.1, rank 64" "nf4-bf16, 4 x 2" ;;
+    overhead) part overhead bench overhead --updates "$UPDATES" \
+      --output_file "$OUT/overhead_gpu.json" ;;
+    titles) part titles bench bench_infer --rows "$ROWS" --max_new_tokens 50 --pipeline_rows 100 \
+      --loops ours adapter unsorted pipeline --rounds 1 \
+      --ours "continuous=--engine continuous" --output_file "$OUT/bench_infer_gpu.json" ;;
+    real) part real python tests/benchmarks/real_data.py --model "$SMOLLM2" --data_dir "$INF582" \
+      --output_dir "$OUT/real" --config_file accelerate_configs/single_gpu.yaml \
+      --max_length 1024 ;;
+    *) echo "no part is called $name" >&2; exit 2 ;;
+  esac
+done
