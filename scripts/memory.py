@@ -6,6 +6,7 @@ added up. That takes a second or two and no memory, for a 7B as well.
 """
 
 import copy
+import os
 import sys
 import weakref
 
@@ -24,10 +25,12 @@ WAYS = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}  # QLoRA p
 # Bytes per weight of NF4 with double quantization: blocks of 64, then of 256 (QLoRA, section 3).
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 MOMENTS = 8  # bytes of AdamW's two, in fp32, per weight that trains
-# On a CPU what counts is the resident set: Python with its libraries, and the holes that glibc
-# leaves between tensors of ever changing sizes.
-LIBRARIES = 800 << 20
-HOLES = 2.0
+# On a CPU what counts is the resident set. Beside what is in use, it has Python with its libraries,
+# what oneDNN keeps for every length that it has met, and holes that glibc leaves between tensors.
+# Fitted to runs of SmolLM2-135M on 2 cores (estimates_cpu.json in tests/benchmarks/results).
+CPU_EXTRA = int(1.9 * 2**30)
+HOLES = 1.07  # times what is in use
+UNTUNED_HOLES = 1.6  # where glibc is not told what scripts/launch.sh tells it
 
 
 def plan_memory(
@@ -93,7 +96,8 @@ def expected_peak(
                 fixed -= (layer.weight.itemsize - NF4_BYTES) * layer.weight.numel()
             in_use += 2 * largest * base.dtype.itemsize  # dequantized for a product, by two steps
         if device.type == "cpu":
-            return int(LIBRARIES + fixed + HOLES * in_use)
+            tuned = "tcache_count=0" in os.environ.get("GLIBC_TUNABLES", "")
+            return int(CPU_EXTRA + fixed + (HOLES if tuned else UNTUNED_HOLES) * in_use)
         return int(fixed + in_use)
     return None
 

@@ -11,6 +11,7 @@ TRL's SFTTrainer on the same ids in the same order, with its adapter in fp32 as 
 
     trl        its defaults, with max_length=None, which cuts nothing (the rows are cut already)
     trl_best   padding-free, without activation checkpointing
+    unsloth    its own model, adapter and patched SFTTrainer, with its defaults (where installed)
 
 On a GPU, `--model llama-2-7b` makes a model of that shape with random weights, and rows as long as
 those of the challenge; `--model tiny` tries the same on a CPU:
@@ -31,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 # As the launchers do on a CPU, for all loops alike: it halves the memory of each.
@@ -65,7 +67,7 @@ def parse_args(argv=None):
 def main(argv=None) -> None:
     args = parse_args(argv)
     if args.child:
-        run_trl(args, best=args.child == "trl_best")
+        run_peer(args)
         return
     variants = dict(option.split("=", 1) for option in args.ours)
     loops = args.loops + list(variants)
@@ -76,8 +78,8 @@ def main(argv=None) -> None:
         for turn in range(args.rounds):
             for loop in loops:
                 output = Path(folder, f"{loop}-{turn}")
-                if loop.startswith("trl"):
-                    command = trl_command(args, loop, folder, output)
+                if loop in PEERS:
+                    command = peer_command(args, loop, folder, output)
                 else:
                     command = our_command(args, variants.get(loop, ""), folder, output)
                 runs[loop].append(measure(command, output, args.warmup_updates))
@@ -101,6 +103,7 @@ def articles_per_update(args) -> int:
     return args.per_device_train_batch_size * args.gradient_accumulation_steps
 
 
+PEERS = ("trl", "trl_best", "unsloth")
 SHAPES = {
     "llama-2-7b": {},  # what LlamaConfig is by default
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
@@ -166,7 +169,7 @@ def our_command(args, options: str, folder: str, output: Path) -> list[str]:
     return command + options.split()
 
 
-def trl_command(args, loop: str, folder: str, output: Path) -> list[str]:
+def peer_command(args, loop: str, folder: str, output: Path) -> list[str]:
     command = [sys.executable, __file__, "--child", loop, "--folder", str(output)]
     command += ["--model", args.model, "--data_file", f"{folder}/train.jsonl"]
     for name in ("max_length", "lora_r", "lora_dropout", "per_device_train_batch_size"):
@@ -198,8 +201,10 @@ def measure(command: list[str], output: Path, warmup: int) -> dict:
     }
 
 
-def run_trl(args, best: bool) -> None:
+def run_peer(args) -> None:
     """Train with SFTTrainer on the ids that train.py would use, in its order."""
+    if args.child == "unsloth":
+        from unsloth import FastLanguageModel  # before the others: it patches them
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -209,7 +214,7 @@ def run_trl(args, best: bool) -> None:
     from articles import Columns, iterate_articles
     from batching import epoch_order
     from memory import peak_memory
-    from modeling import load_base
+    from modeling import decoder_linears, load_base
     from prompting import PROMPTS, Prompt, load_tokenizer, read_template
 
     tokenizer = load_tokenizer(args.model)
@@ -247,8 +252,19 @@ def run_trl(args, best: bool) -> None:
     output = Path(args.folder)
     output.mkdir()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    base = load_base(args.model, device, torch.bfloat16, nf4=True)
-    more = {"padding_free": True, "gradient_checkpointing": False} if best else {}
+    lora = {"r": args.lora_r, "lora_alpha": 16, "lora_dropout": args.lora_dropout}
+    more, peft = {}, {}
+    if args.child == "trl_best":
+        more = {"padding_free": True, "gradient_checkpointing": False}
+    if args.child == "unsloth":
+        model, _ = FastLanguageModel.from_pretrained(
+            args.model, max_seq_length=args.max_length, dtype=torch.bfloat16, load_in_4bit=True
+        )
+        kinds = {name.rpartition(".")[2] for name in decoder_linears(model)}
+        model = FastLanguageModel.get_peft_model(model, target_modules=sorted(kinds), **lora)
+    else:
+        model = load_base(args.model, device, torch.bfloat16, nf4=True)
+        peft["peft_config"] = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **lora)
     config = SFTConfig(
         output_dir=str(output / "trl"),
         max_length=None,
@@ -269,20 +285,13 @@ def run_trl(args, best: bool) -> None:
         seed=42,
         **more,
     )
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=args.lora_r,
-        lora_alpha=16,
-        lora_dropout=args.lora_dropout,
-        target_modules="all-linear",
-    )
     trainer = SFTTrainer(
-        base,
+        model,
         config,
         train_dataset=data,
         processing_class=tokenizer,
-        peft_config=lora,
         callbacks=[Clock()],
+        **peft,
     )
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # TRL rounds a 4-bit model's adapter to bf16
@@ -307,7 +316,7 @@ def describe(run: dict) -> str:
 
 
 def print_table(loops: dict) -> None:
-    fastest_peer = {name: f["tokens_per_second"] for name, f in loops.items() if "trl" in name}
+    fastest_peer = {name: f["tokens_per_second"] for name, f in loops.items() if name in PEERS}
     print("\nmedian of the rounds, and how many times the speed of each peer")
     for name, figures in loops.items():
         ratios = (f"{figures['tokens_per_second'] / v:.2f} x {k}" for k, v in fastest_peer.items())
@@ -332,7 +341,10 @@ def all_versions() -> dict:
 
     from run_folder import versions
 
-    return versions() | {"trl": importlib.metadata.version("trl")}
+    found = versions() | {"trl": importlib.metadata.version("trl")}
+    with suppress(importlib.metadata.PackageNotFoundError):
+        found["unsloth"] = importlib.metadata.version("unsloth")
+    return found
 
 
 if __name__ == "__main__":
