@@ -11,6 +11,7 @@ import sys
 import weakref
 
 import torch
+import torch.nn.functional as F
 from peft import get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,7 +35,7 @@ UNTUNED_HOLES = 1.6  # where glibc is not told what scripts/launch.sh tells it
 
 
 def plan_memory(
-    base, lora_config, args, device: torch.device, micro_batch: tuple[int, int], title_loss
+    base, lora_config, args, device: torch.device, micro_batch: tuple[int, int]
 ) -> dict:
     """Return which layers to checkpoint, and what training will take, for run_config.json.
 
@@ -44,7 +45,6 @@ def plan_memory(
         args: of train.py.
         device: where the run is going to be.
         micro_batch: tokens, and title tokens among them, of its largest micro-batch.
-        title_loss: that of train.py.
 
     Returns:
         `checkpointed_every`: N for every Nth layer, 0 for none; as asked for, or the least with
@@ -54,7 +54,7 @@ def plan_memory(
     """
 
     def peak(way: str, every: int) -> int | None:
-        return expected_peak(base, lora_config, args, device, micro_batch, title_loss, way, every)
+        return expected_peak(base, lora_config, args, device, micro_batch, way, every)
 
     way = "qlora" if args.base_weights == "nf4" else "lora"  # dequantized, it is as large as that
     asked = args.activation_checkpointing
@@ -69,7 +69,7 @@ def plan_memory(
 
 
 def expected_peak(
-    base, lora_config, args, device, micro_batch, title_loss, way: str, every: int
+    base, lora_config, args, device, micro_batch: tuple[int, int], way: str, every: int
 ) -> int | None:
     """Return the bytes that training in one of WAYS takes at its peak; see `plan_memory`.
 
@@ -87,7 +87,7 @@ def expected_peak(
                 model = get_peft_model(model, lora_config)
                 keep_input_dtype(model)
             checkpoint_layers(model, every)
-            in_use = _peak_in_use(model.train(), args, kind, micro_batch, title_loss)
+            in_use = _peak_in_use(model.train(), args, kind, micro_batch)
         except Exception:  # whatever a model does that cannot be done without content
             continue
         fixed = sum(p.nbytes + MOMENTS * p.requires_grad * p.numel() for p in model.parameters())
@@ -102,7 +102,7 @@ def expected_peak(
     return None
 
 
-def _peak_in_use(model, args, kind: str, micro_batch: tuple[int, int], title_loss) -> int:
+def _peak_in_use(model, args, kind: str, micro_batch: tuple[int, int]) -> int:
     """Return the bytes beside the weights that live at a time, in a forward and backward pass."""
     tokens, titles = micro_batch
     with FakeTensorMode(allow_non_fake_inputs=True):  # those on meta, until they are moved
@@ -112,7 +112,9 @@ def _peak_in_use(model, args, kind: str, micro_batch: tuple[int, int], title_los
             del batch["cu_seq_lens_q"]
         with _Count(model) as count:
             with torch.autocast(kind, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
-                loss = title_loss(model, batch)
+                labels = batch.pop("labels")
+                logits = model(**batch, use_cache=False).logits[0]  # as `title_loss` of train.py
+                loss = F.cross_entropy(logits.float(), labels, reduction="sum")
             loss.backward()
     return count.peak
 

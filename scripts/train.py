@@ -219,7 +219,7 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop):
         target_modules=check_targets(base, args.target_modules),
     )
     micro_batch = largest_micro_batch(lengths, args, accelerator.num_processes, num_training_steps)
-    memory = plan_memory(base, lora_config, args, accelerator.device, micro_batch, title_loss)
+    memory = plan_memory(base, lora_config, args, accelerator.device, micro_batch)
     run_config["memory"] = memory
     plan = describe_plan(
         args, accelerator, base, lora_config, prompt, checked, lengths, schedule, memory
