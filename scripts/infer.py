@@ -441,6 +441,7 @@ def load(source: dict, base_folder: Path, prompt, decoding: Decoding):
     autocast = nf4 and dtype == torch.bfloat16
     accelerator = Accelerator(mixed_precision="bf16" if autocast else "no")
     model = load_base(str(base_folder), accelerator.device, dtype, nf4)
+    dequantized = None
     if nf4:
         shapes = (p.quant_state.shape for p in model.parameters() if hasattr(p, "quant_state"))
         size = sum(map(math.prod, shapes)) * dtype.itemsize
@@ -449,12 +450,14 @@ def load(source: dict, base_folder: Path, prompt, decoding: Decoding):
         roomy = accelerator.device.type == "cpu" and size < free_memory(accelerator.device) / 2
         if source["weights"] == "nf4-bf16" or roomy:
             dequantize_base(model)
-            note(f"4-bit weights dequantized once, to {size / 2**30:.1f} GiB: faster")
+            dequantized = f"4-bit weights dequantized once, to {size / 2**30:.1f} GiB: faster"
     use_packed_attention(
         model, prompt.max_length - prompt.max_title_tokens + decoding.max_new_tokens
     )
     if source["adapter"]:
         model = attach_adapter(model, source["adapter"])
+    if dequantized:  # told once nothing is left to complain of
+        note(dequantized)
     return accelerator, model
 
 

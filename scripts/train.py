@@ -352,7 +352,7 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop):
         )
         progress_bar.update()
         recent.append(metrics)
-        if step == first_step + PACE:  # the first one is a warm-up
+        if step == first_step + PACE and step + 1 < num_training_steps:  # the first is a warm-up
             accelerator.print(describe_time(recent, lengths, step + 1, schedule))
         state["completed_steps"] = step + 1
         state["skipped_in_a_row"] = 0 if finite else state["skipped_in_a_row"] + 1
