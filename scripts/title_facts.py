@@ -15,13 +15,13 @@ from collections import Counter
 # It always chooses: a title of one or two words is a guess, and so is one of names only.
 LANGUAGES = ("ar", "de", "en", "es", "fr", "it", "nl", "pt", "ru", "zh")
 WORD = re.compile(r"[^\W_]+")
-LOOP_WORDS, LOOP_TIMES = 3, 3  # three words in a row, three times or more
+LOOP_WORDS, LOOP_TIMES = 3, 3  # three words in a row, three times or more anywhere
 NGRAMS = (1, 2, 3, 4)  # as in the tables of OrangeSum (arXiv 2010.12321)
 
 INITIALS = re.compile(r"\b(?:[^\W\d_]\.){2,}")  # S.N.C.F.
 TOKEN = re.compile(r"[^\W_]+(?:[-'’][^\W_]+)*")
 ELISION = re.compile(r"(?:[cdjlmnst]|(?:jus|lors|puis|quel|pres)?qu)['’](?=.)", re.IGNORECASE)
-SENTENCE_START = re.compile(r"[.!?…:;«»“”\"()\[\]|–—\n]|\s-\s")  # between two words
+SENTENCE_START = re.compile(r"[.!?…:;«»“”‘\"()\[\]|–—\n]|\s-\s")  # between two words
 TITLED = re.compile(r"(?:\b[A-ZÀ-ÖØ-Þ]|\bMM|\bMmes?|\bMlles?|\bDr|\bMe|\bSte?)\.\s*$")  # M. Macron
 # Begin a title with a capital, before a name as elsewhere.
 FUNCTION_WORDS = frozenset(
@@ -32,7 +32,8 @@ FUNCTION_WORDS = frozenset(
     vers via voici voilà votre vos
     """.split()  # noqa: SIM905
 )
-QUOTATION = re.compile(r"«([^«»]*)»|“([^“”]*)”|\"([^\"]*)\"")
+# A straight ' is an apostrophe as often as a quotation mark, and is taken for none.
+QUOTATION = re.compile(r"«([^«»]*)»|“([^“”]*)”|\"([^\"]*)\"|‘((?:[^‘’]|’(?=\w))*)’")
 LEFT_OUT = re.compile(r"…|\.\.\.|\([^()]*\)|\[[^\[\]]*\]")  # of a quotation, or put into it
 
 THOUSANDS = r"[0-9]{1,3}(?:[\s.][0-9]{3})+(?![0-9])"
@@ -83,10 +84,20 @@ def novelty(titles: list[str], article: list[str]) -> list[list[float | None]]:
 
 
 def loop_in(title: str) -> str | None:
-    """Return the words that a title says over and over, or None."""
-    counts = Counter(ngrams(words_of(title), LOOP_WORDS))
+    """Return the words that a title says over and over, or None: three of them anywhere, or fewer
+    that follow themselves at once."""
+    words = words_of(title)
+    counts = Counter(ngrams(words, LOOP_WORDS))
     ngram, times = counts.most_common(1)[0] if counts else (None, 0)
-    return " ".join(ngram) if times >= LOOP_TIMES else None
+    if times >= LOOP_TIMES:
+        return " ".join(ngram)
+    for n in range(1, LOOP_WORDS):
+        for start in range(len(words) - n * LOOP_TIMES + 1):
+            ngram = words[start : start + n]
+            # Not 1 000 000 000.
+            if ngram != ["000"] and words[start : start + n * LOOP_TIMES] == ngram * LOOP_TIMES:
+                return " ".join(ngram)
+    return None
 
 
 class Article:

@@ -193,6 +193,9 @@ def test_names_that_the_article_has_not(title, missing):
         ("“tout à craindre”", ["tout à craindre"]),
         ("« craindre rien » et « a reçu »", ["craindre rien"]),
         ("« à craindre de nous", []),  # which does not end
+        ("Macron : ‘n’ont tout à craindre’ de l’été", ["n’ont tout à craindre"]),
+        ("‘Rien à craindre’, dit-il", []),
+        ("'tout à craindre'", []),  # apostrophes, for all that is known
     ],
 )
 def test_quotations_that_the_article_has_not(title, missing):
@@ -209,6 +212,12 @@ def test_quotations_that_the_article_has_not(title, missing):
         ("non non non non non", "non non non"),
         ("de la mer, de la terre, de la lune, de la", None),  # two words come back in any title
         ("un deux trois un deux trois", None),
+        ("oui oui oui oui", "oui"),
+        ("Grève à Paris, Paris, Paris", "paris"),
+        ("le la le la le la", "le la"),
+        ("non, non, oui, non", None),
+        ("le la le la", None),
+        ("Dette : 1 000 000 000 d'euros", None),
         ("un deux", None),
         ("", None),
     ],
