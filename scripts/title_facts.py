@@ -28,12 +28,15 @@ TITLED = re.compile(r"(?:\b[A-ZÀ-ÖØ-Þ]|\bMM|\bMmes?|\bMlles?|\bDr|\bMe|\bSte
 # Begin a title with a capital, before a name as elsewhere.
 FUNCTION_WORDS = frozenset(
     """
-    a à au aux avec ce ces cet cette chez comment dans de des deux du elle elles en entre et il ils
-    la le les leur leurs lors mais ne ni non notre nos on ou où par pas plus pour pourquoi quand que
-    quel quelle quelles quels qui sa sans se selon ses si son sous sur tous tout toute toutes un une
-    vers via voici voilà votre vos
+    a à après au aux avant avec ce ces cet cette chez comment contre dans de depuis des du elle
+    elles en entre et hors il ils la le les leur leurs lors mais malgré merci ne ni non notre nos
+    on ou où par pas pendant plus pour pourquoi quand que quel quelle quelles quels qui sa sans
+    sauf se selon ses si son sous sur tous tout toute toutes un une vers via voici voilà votre vos
     """.split()  # noqa: SIM905
 )
+NO_NAMES = frozenset("MM Mme Mmes Mlle Mlles Me Dr Mgr Md Mds".split())  # noqa: SIM905
+# VIDÉO. or EN DIRECT : before a title; initials rarely have more than four letters.
+LABEL = re.compile(r"(?=[^.:]*?[^\W\d_]{5})[^.:]+[.:](?!\w)")
 # A straight ' is an apostrophe as often as a quotation mark, and is taken for none.
 QUOTATION = re.compile(r"«([^«»]*)»|“([^“”]*)”|\"([^\"]*)\"|‘((?:[^‘’]|’(?=\w))*)’")
 LEFT_OUT = re.compile(r"…|\.\.\.|\([^()]*\)|\[[^\[\]]*\]")  # of a quotation, or put into it
@@ -171,19 +174,24 @@ def names_in(title: str) -> list[list[str]]:
     Those are words with a capital, and after an elision too (l'Élysée). The first word of a title
     or of a sentence in it, or after a colon or an opening quote, has one anyway: it counts where
     more than its first letter is a capital (SNCF, Jean-Luc), or where another name follows at once
-    (Emmanuel Macron), if it is no article, preposition or the like. A title all in capitals says
-    nothing by them.
+    (Emmanuel Macron), if it is no article, preposition, numeral or the like; those two are not
+    together. A title all in capitals says nothing by them, nor does a label before it (VIDÉO.).
     """
+    label = LABEL.match(title)
+    if label and label[0].isupper() and any(map(str.islower, title)):
+        title = " " * label.end() + title[label.end() :]
     tokens = list(TOKEN.finditer(title))
     shouted = [token[0].isupper() for token in tokens if any(map(str.isalpha, token[0]))]
     if len(shouted) > 3 and sum(shouted) > len(shouted) / 2:
         return []
     names, end = [], None
     for position, token in enumerate(tokens):
-        word, elided = token[0], False
+        word, elided, placed = token[0], False, False
         while match := ELISION.match(word):
             word, elided = word[match.end() :], True
         if not word[0].isalpha() or len(word) < 2 or not any(map(str.isupper, word)):
+            continue
+        if word in NO_NAMES:
             continue
         before = title[tokens[position - 1].end() if position else 0 : token.start()]
         starts = position == 0 or SENTENCE_START.search(before)
@@ -196,14 +204,19 @@ def names_in(title: str) -> list[list[str]]:
             following = tokens[position + 1] if position + 1 < len(tokens) else None
             followed = following is not None and following[0][0].isupper()
             followed = followed and not title[token.end() : following.start()].strip()
-            if not inside and (not followed or word.lower() in FUNCTION_WORDS):
+            if not inside and (not followed or _is_function_word(word)):
                 continue
+            placed = True
         if end is not None and title[end : token.start()] == " " and not elided:
             names[-1].append(word)
         else:
             names.append([word])
-        end = token.end()
+        end = None if placed else token.end()
     return names
+
+
+def _is_function_word(word: str) -> bool:
+    return word.lower() in FUNCTION_WORDS or fold(word).replace("-", " ") in numerals(True)
 
 
 def numbers_in(text: str, ordinals: bool = False) -> list[tuple[str, set[str]]]:

@@ -200,6 +200,15 @@ def test_a_number_may_be_read_in_more_than_one_way():
         ("aujourd'hui, presqu'Île", ["Île"]),
         ("Covid-19 : le G7 réuni", ["G7"]),
         ("", []),
+        ("Après Paris, Contre Lyon", ["Paris", "Contre", "Lyon"]),
+        ("Depuis Nîmes. Merci Paul : Trois Français", ["Nîmes", "Paul", "Français"]),
+        ("Trente-deux Nîmois, Mme Macron et Me Petit", ["Nîmois", "Macron", "Petit"]),
+        ("Mlle Petit paie 3 Mds à M. Macron", ["Petit", "Macron"]),
+        ("VIDÉO. Macron à Nîmes", ["Nîmes"]),
+        ("EN DIRECT : la SNCF", ["SNCF"]),
+        ("INFO EUROPE 1. Un accord", []),
+        ("SNCF : le trafic perturbé", ["SNCF"]),
+        ("La VIDÉO : le trafic", ["VIDÉO"]),
     ],
 )
 def test_what_is_written_as_a_name(title, names):
@@ -220,6 +229,8 @@ def test_what_is_written_as_a_name(title, names):
         ("Paris, Paris, Londres et Paris", ["Paris", "Londres"]),
         ("Un maire, Paul Petit, et Anne Petit", []),
         ("Un maire, Anne Grand", ["Anne Grand"]),  # of two people, one was made
+        ("Anne Grand", []),  # may be a sentence's first word, and a name
+        ("Jean-Luc Petit", []),
         ("Un maire, Jean-Luc Petit", ["Jean-Luc Petit"]),
         ("Anne, Grand et l'Anne", []),
         ("Le maire de Nîmes Paul Petit", []),
