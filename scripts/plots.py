@@ -183,7 +183,7 @@ def plot_curve(anchor: str, caption: str, rows: list[dict], key: str, evaluated:
     if not points:
         return ""
     last = max(step for step, _ in points + marks)
-    steps = [step for step in ticks(last) if step <= last]
+    steps = [step for step in ticks(last) if step <= last and abs(step - round(step)) < 1e-6]
     values = ticks(max(value for _, value in points + marks))
     across, up = _scale(0, last, left, right), _scale(0, values[-1], bottom, top)
     shapes = "".join(
@@ -197,6 +197,9 @@ def plot_curve(anchor: str, caption: str, rows: list[dict], key: str, evaluated:
     shapes += label(right, bottom + 32, "update", "axis", "end")
     drawn = " ".join(f"{across(step):.1f},{up(value):.1f}" for step, value in points)
     shapes += f'<polyline points="{drawn}" class="curve"/>'
+    if len(points) == 1:  # of which no line can be seen
+        x, y = across(points[0][0]), up(points[0][1])
+        shapes += f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" class="curve"/>'
     dots = marks or (points if key != "loss" else [])
     for step, value in dots:
         shapes += f'<circle cx="{across(step):.1f}" cy="{up(value):.1f}" r="4.5" class="dot"/>'
@@ -217,25 +220,35 @@ def plot_memory(anchor: str, memory) -> str:
         return ""
     names = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}
     bars = [(shown, memory["estimate"].get(key), "estimate") for key, shown in names.items()]
-    bars += [("this run, expected", memory.get("this_run"), "estimate")]
+    if memory.get("this_run") not in memory["estimate"].values():
+        bars += [("this run, expected", memory.get("this_run"), "estimate")]
     bars += [("this run, measured", memory.get("measured_peak"), "measured")]
-    bars = [(n, v, k) for n, v, k in bars if type(v) in (int, float) and 0 < v < 2**60]
-    if not bars:
+    # None: of a model that is not counted through.
+    uncounted = [shown for key, shown in names.items() if memory["estimate"].get(key, 0) is None]
+    bars = [
+        (n, v, k)
+        for n, v, k in bars
+        if n in uncounted or (type(v) in (int, float) and 0 < v < 2**60)
+    ]
+    if len(bars) == len(uncounted):
         return ""
     left, right, row, top = 130, 330, 27, 4
-    place = _scale(0, max(value for _, value, _ in bars), left, right)
+    place = _scale(0, max(value for _, value, _ in bars if value is not None), left, right)
     shapes = ""
     for index, (name, value, kind) in enumerate(bars):
         y = top + row * index
-        shapes += label(0, y + 14, name, "") + bar(left, y, place(value) - left, 19, kind)
-        shapes += label(place(value) + 6, y + 14, _bytes(value), "")
+        end = left if value is None else place(value)
+        shapes += label(0, y + 14, name, "") + bar(left, y, end - left, 19, kind)
+        shapes += label(end + 6, y + 14, _bytes(value), "axis" if value is None else "")
     device = "on the GPU" if memory.get("device") == "cuda" else "resident, on a CPU"
     described = "; ".join(f"{name} {_bytes(value)}" for name, value, _ in bars)
     caption = f"Memory at the peak, {device}"
     return figure(anchor, caption, described, top + row * len(bars), shapes)
 
 
-def _bytes(value: float) -> str:
+def _bytes(value: float | None) -> str:
+    if value is None:
+        return "not counted"
     return f"{value / 2**30:.1f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
 
 

@@ -19,7 +19,7 @@ from test_run_folder import RECORD
 
 import report
 import score
-from plots import plot_curve, ticks
+from plots import plot_curve, plot_memory, ticks
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
@@ -189,6 +189,29 @@ def test_marks_on_a_curve_do_not_cover_each_other(count, labelled):
     drawn = plot_curve("a", "ROUGE-L", rows, "eval_rougeL", [])
     assert drawn.count("<circle") == count
     assert drawn.count('class="strong"') == labelled
+
+
+def test_a_run_of_one_update_has_whole_steps_and_a_point():
+    drawn = plot_curve("a", "L", [{"step": 1, "loss": 2.5}], "loss", [])
+    assert re.findall(r'text-anchor="middle">(.*?)<', drawn) == ["0", "1"]
+    point = re.search(r'<circle cx="(.*?)" .*? class="curve"/>', drawn)[1]
+    assert float(point) == float(re.search(r'points="(.*?),', drawn)[1])
+    rows = [{"step": step, "loss": 1} for step in (1, 2)]
+    assert "<circle" not in plot_curve("a", "L", rows, "loss", [])
+
+
+def test_memory_that_is_the_same_or_not_counted():
+    def described(**memory):
+        return re.search(r"<desc [^>]*>(.*?)</desc>", plot_memory("a", MEMORY | memory))[1]
+
+    assert "expected 7.5 GiB" in described()
+    assert "expected" not in described(this_run=6 * GIB)
+    some = {"full": None, "lora": None, "qlora": 6 * GIB}
+    expected = "full fine-tuning not counted; LoRA not counted; QLoRA 6.0 GiB; this run, measured"
+    assert described(estimate=some, this_run=6 * GIB).startswith(expected)
+    assert ">not counted</text>" in plot_memory("a", MEMORY | {"estimate": some})
+    nothing = {"estimate": dict.fromkeys(some), "this_run": None, "measured_peak": None}
+    assert plot_memory("a", nothing) == ""
 
 
 def test_a_long_curve_is_thinned_to_means():
