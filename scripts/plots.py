@@ -5,6 +5,7 @@ Colours are those of report.html, by class. All text is escaped here, by `text`.
 
 import html
 import math
+import unicodedata
 from collections.abc import Callable
 
 from exit_codes import printable
@@ -12,6 +13,7 @@ from exit_codes import printable
 CURVE_POINTS = 400  # of a loss curve; more updates are averaged
 LABELLED = 8  # marks on a curve that have room for their figures; of more, the last has one
 WIDTH = 400  # of a plot, in the pixels of a phone; a page that has room shows it larger
+ROOM = 116  # of it at the left, for a system's name
 TRUE = "true titles"
 
 
@@ -63,9 +65,23 @@ def bar(x: float, y: float, width: float, height: float, kind: str) -> str:
     )
 
 
-def short(name: str, characters: int = 17) -> str:
-    half = (characters - 1) // 2
-    return name if len(name) <= characters else f"{name[:half]}…{name[-half:]}"
+def short(name: str) -> str:
+    """Both ends are kept of a name that has no room at the left of a plot."""
+    name = printable(name)
+    halves = (f"{name[:half]}…{name[-half:]}" for half in range(8, 0, -1) if 2 * half < len(name))
+    return name if _width(name) <= ROOM else next(s for s in halves if _width(s) <= ROOM)
+
+
+def _width(words: str) -> float:
+    """Return at least the width of a text in the report's sizes and the usual fonts."""
+    return sum(
+        13
+        if unicodedata.east_asian_width(c) in "WF" or c in "MWmw@%…—"
+        else 9.5
+        if c.isupper()
+        else 8
+        for c in words
+    )
 
 
 def ticks(top: float, wanted: int = 5) -> list[float]:
@@ -111,8 +127,9 @@ def plot_lengths(figures: dict) -> str:
     import numpy
 
     left, right, row, top = 122, 392, 46, 4
-    everything = numpy.concatenate([of_name.words for of_name in figures.values()])
-    longest = max(10, int(numpy.percentile(everything, 99.5)))
+    # A few titles that are far longer would press all others together.
+    most = (numpy.percentile(f.words, 95, method="lower") for f in figures.values())
+    longest = max(10, *map(int, most))
     step = -(-longest // 40)  # words to a bar
     edges = numpy.arange(0, longest + 2 * step, step)
     shares = {
@@ -150,7 +167,10 @@ def plot_lengths(figures: dict) -> str:
     for mark in ticks(edges[-1] - step):
         if mark <= edges[-1]:
             shapes += label(place(mark), bottom + 10, f"{mark:.0f}", "axis", "middle")
-    caption = "Words per title" + (" (shaded: the true titles)" if true is not None else "")
+    notes = ["shaded: the true titles"] * (true is not None)
+    if any(of_name.words.max() >= edges[-1] for of_name in figures.values()):
+        notes.append(f"the last bar: {edges[-2]} and more")
+    caption = "Words per title" + (f" ({'; '.join(notes)})" if notes else "")
     return figure("lengths", caption, "; ".join(described), bottom + 16, shapes)
 
 
