@@ -12,7 +12,10 @@ NAMES = "lead1, first40 (or another number of words) or ext-oracle"
 FIRST = re.compile(r"first:?([1-9]\d{0,3})")
 # Where a sentence may end: behind a closing quote too, and before a capital without a space, for
 # that is how paragraphs are joined in the challenge's articles ("Venise.Selon le quotidien").
-SENTENCE_END = re.compile(r"[.!?…]+(?:\s?[»”]|\")?(?:\s+(?=[A-ZÀ-ÖØ-Þ«“\"])|(?=[A-ZÀ-ÖØ-Þ«“]))|\n+")
+# A row of dots is looked at once, from its first: it may have thousands.
+SENTENCE_END = re.compile(
+    r"(?<![.!?…])[.!?…]+(?:\s?[»”]|\")?(?:\s+(?=[A-ZÀ-ÖØ-Þ«“\"])|(?=[A-ZÀ-ÖØ-Þ«“]))|\n+"
+)
 NO_END = re.compile(r"(?:\b[A-ZÀ-ÖØ-Þ]|\bMM|\bMmes?|\bMlles?|\bDr|\bMe|\bSt|\bSte)$")  # "M. Macron"
 MAX_WORDS = 400  # of what is taken for a sentence; a page without any full stop has no lead
 

@@ -5,6 +5,7 @@ Colours are those of report.html, by class. All text is escaped here, by `text`.
 
 import html
 import math
+import unicodedata
 from collections.abc import Callable
 
 from exit_codes import printable
@@ -12,6 +13,7 @@ from exit_codes import printable
 CURVE_POINTS = 400  # of a loss curve; more updates are averaged
 LABELLED = 8  # marks on a curve that have room for their figures; of more, the last has one
 WIDTH = 400  # of a plot, in the pixels of a phone; a page that has room shows it larger
+ROOM = 116  # of it at the left, for a system's name
 TRUE = "true titles"
 
 
@@ -63,9 +65,23 @@ def bar(x: float, y: float, width: float, height: float, kind: str) -> str:
     )
 
 
-def short(name: str, characters: int = 17) -> str:
-    half = (characters - 1) // 2
-    return name if len(name) <= characters else f"{name[:half]}…{name[-half:]}"
+def short(name: str) -> str:
+    """Both ends are kept of a name that has no room at the left of a plot."""
+    name = printable(name)
+    halves = (f"{name[:half]}…{name[-half:]}" for half in range(8, 0, -1) if 2 * half < len(name))
+    return name if _width(name) <= ROOM else next(s for s in halves if _width(s) <= ROOM)
+
+
+def _width(words: str) -> float:
+    """Return at least the width of a text in the report's sizes and the usual fonts."""
+    return sum(
+        13
+        if unicodedata.east_asian_width(c) in "WF" or c in "MWmw@%…—"
+        else 9.5
+        if c.isupper()
+        else 8
+        for c in words
+    )
 
 
 def ticks(top: float, wanted: int = 5) -> list[float]:
@@ -111,8 +127,9 @@ def plot_lengths(figures: dict) -> str:
     import numpy
 
     left, right, row, top = 122, 392, 46, 4
-    everything = numpy.concatenate([of_name.words for of_name in figures.values()])
-    longest = max(10, int(numpy.percentile(everything, 99.5)))
+    # A few titles that are far longer would press all others together.
+    most = (numpy.percentile(f.words, 95, method="lower") for f in figures.values())
+    longest = max(10, *map(int, most))
     step = -(-longest // 40)  # words to a bar
     edges = numpy.arange(0, longest + 2 * step, step)
     shares = {
@@ -150,7 +167,10 @@ def plot_lengths(figures: dict) -> str:
     for mark in ticks(edges[-1] - step):
         if mark <= edges[-1]:
             shapes += label(place(mark), bottom + 10, f"{mark:.0f}", "axis", "middle")
-    caption = "Words per title" + (" (shaded: the true titles)" if true is not None else "")
+    notes = ["shaded: the true titles"] * (true is not None)
+    if any(of_name.words.max() >= edges[-1] for of_name in figures.values()):
+        notes.append(f"the last bar: {edges[-2]} and more")
+    caption = "Words per title" + (f" ({'; '.join(notes)})" if notes else "")
     return figure("lengths", caption, "; ".join(described), bottom + 16, shapes)
 
 
@@ -183,7 +203,7 @@ def plot_curve(anchor: str, caption: str, rows: list[dict], key: str, evaluated:
     if not points:
         return ""
     last = max(step for step, _ in points + marks)
-    steps = [step for step in ticks(last) if step <= last]
+    steps = [step for step in ticks(last) if step <= last and abs(step - round(step)) < 1e-6]
     values = ticks(max(value for _, value in points + marks))
     across, up = _scale(0, last, left, right), _scale(0, values[-1], bottom, top)
     shapes = "".join(
@@ -197,6 +217,9 @@ def plot_curve(anchor: str, caption: str, rows: list[dict], key: str, evaluated:
     shapes += label(right, bottom + 32, "update", "axis", "end")
     drawn = " ".join(f"{across(step):.1f},{up(value):.1f}" for step, value in points)
     shapes += f'<polyline points="{drawn}" class="curve"/>'
+    if len(points) == 1:  # of which no line can be seen
+        x, y = across(points[0][0]), up(points[0][1])
+        shapes += f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" class="curve"/>'
     dots = marks or (points if key != "loss" else [])
     for step, value in dots:
         shapes += f'<circle cx="{across(step):.1f}" cy="{up(value):.1f}" r="4.5" class="dot"/>'
@@ -217,25 +240,35 @@ def plot_memory(anchor: str, memory) -> str:
         return ""
     names = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}
     bars = [(shown, memory["estimate"].get(key), "estimate") for key, shown in names.items()]
-    bars += [("this run, expected", memory.get("this_run"), "estimate")]
+    if memory.get("this_run") not in memory["estimate"].values():
+        bars += [("this run, expected", memory.get("this_run"), "estimate")]
     bars += [("this run, measured", memory.get("measured_peak"), "measured")]
-    bars = [(n, v, k) for n, v, k in bars if type(v) in (int, float) and 0 < v < 2**60]
-    if not bars:
+    # None: of a model that is not counted through.
+    uncounted = [shown for key, shown in names.items() if memory["estimate"].get(key, 0) is None]
+    bars = [
+        (n, v, k)
+        for n, v, k in bars
+        if n in uncounted or (type(v) in (int, float) and 0 < v < 2**60)
+    ]
+    if len(bars) == len(uncounted):
         return ""
     left, right, row, top = 130, 330, 27, 4
-    place = _scale(0, max(value for _, value, _ in bars), left, right)
+    place = _scale(0, max(value for _, value, _ in bars if value is not None), left, right)
     shapes = ""
     for index, (name, value, kind) in enumerate(bars):
         y = top + row * index
-        shapes += label(0, y + 14, name, "") + bar(left, y, place(value) - left, 19, kind)
-        shapes += label(place(value) + 6, y + 14, _bytes(value), "")
+        end = left if value is None else place(value)
+        shapes += label(0, y + 14, name, "") + bar(left, y, end - left, 19, kind)
+        shapes += label(end + 6, y + 14, _bytes(value), "axis" if value is None else "")
     device = "on the GPU" if memory.get("device") == "cuda" else "resident, on a CPU"
     described = "; ".join(f"{name} {_bytes(value)}" for name, value, _ in bars)
     caption = f"Memory at the peak, {device}"
     return figure(anchor, caption, described, top + row * len(bars), shapes)
 
 
-def _bytes(value: float) -> str:
+def _bytes(value: float | None) -> str:
+    if value is None:
+        return "not counted"
     return f"{value / 2**30:.1f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
 
 

@@ -29,12 +29,13 @@ FLAG_NAMES = {
 FLAG_MEANINGS = {
     "empty": "nothing but spaces",
     "repeated": "the same title, whatever its capitals, for another article as well",
-    "looping": "three words in a row that come three times or more",
+    "looping": "three words in a row that come three times or more, or one or two so often at once",
     "cut": "stopped by the limit of its length, by infer.py's own notes; - where there are none",
     "numbers": "a number, in figures or in words, that the article has in neither",
     "names": "a word with a capital, not only for its place, that the article has in no form; or "
     "names together that it has only apart",
-    "quotations": "words between quotation marks that the article does not have one after another",
+    "quotations": "words between quotation marks that the article does not have one after another; "
+    "' is taken for an apostrophe",
 }
 
 
@@ -167,7 +168,7 @@ def score_section(scores: dict) -> str:
 def title_section(scores: dict) -> str:
     columns = [("System", ""), ("words", "mean number of words")]
     columns += [("quartiles", "a quarter of the titles is shorter, a quarter is longer")]
-    columns += [("French", "share of titles"), ("English", ""), ("other", "")]
+    columns += [("French", "share of titles with a letter"), ("English", ""), ("other", "")]
     flags = ("repeated", "looping", "cut")
     columns += [("empty", FLAG_MEANINGS["empty"])]
     columns += [(FLAG_NAMES[flag], FLAG_MEANINGS[flag]) for flag in flags]

@@ -146,8 +146,11 @@ def name_files(arguments: list[str]) -> dict[str, str]:
     """Return the path of each predictions file by its name, NAME= or the file's own."""
     files = {}
     for argument in arguments:
-        name, equals, path = argument.partition("=")
-        if not equals or Path(argument).is_file():  # a path may well hold lr=2e-4
+        parts = argument.split("=")
+        splits = [("=".join(parts[:n]), "=".join(parts[n:])) for n in range(1, len(parts))]
+        if splits and not Path(argument).is_file():  # a name or a path may well hold lr=2e-4
+            name, path = next((s for s in splits if Path(s[1]).is_file()), splits[0])
+        else:
             path = argument
             name = Path(path).name
             suffixes = [suffix for suffix in SUFFIXES if name.lower().endswith(suffix)]
@@ -450,8 +453,8 @@ def legend(scores: dict) -> list[str]:
         if scores["rows"] > 1 and len(scores["predictions"]) > 1:
             lines.append(f"p: of a difference in R-L to {short(scores['compared_to'])}, paired.")
     lines += [
-        "half: so many words have half of the titles. Languages: of those not empty.",
-        "twice: of several articles; loops: three words, three times; cut: by the limit.",
+        "half: so many words have half of the titles. Languages: of those with a letter.",
+        "twice: of several articles; loops: same words three times; cut: by the limit.",
     ]
     if "articles" in scores:
         lines.append("Numbers, names, quotes not in the article: a reason to look, no verdict.")

@@ -5,6 +5,7 @@ Of what a title claims, three things can be looked up in its article: numbers, n
 """
 
 import functools
+import math
 import re
 import unicodedata
 from collections import Counter
@@ -15,30 +16,42 @@ from collections import Counter
 # It always chooses: a title of one or two words is a guess, and so is one of names only.
 LANGUAGES = ("ar", "de", "en", "es", "fr", "it", "nl", "pt", "ru", "zh")
 WORD = re.compile(r"[^\W_]+")
-LOOP_WORDS, LOOP_TIMES = 3, 3  # three words in a row, three times or more
+LOOP_WORDS, LOOP_TIMES = 3, 3  # three words in a row, three times or more anywhere
 NGRAMS = (1, 2, 3, 4)  # as in the tables of OrangeSum (arXiv 2010.12321)
 
 INITIALS = re.compile(r"\b(?:[^\W\d_]\.){2,}")  # S.N.C.F.
-TOKEN = re.compile(r"[^\W_]+(?:[-'’][^\W_]+)*")
+UNIT = r"(?:(?:\b[^\W\d_]\.){2,}[^\W_]*|[^\W_]+)"
+TOKEN = re.compile(rf"{UNIT}(?:[-'’]{UNIT})*")
 ELISION = re.compile(r"(?:[cdjlmnst]|(?:jus|lors|puis|quel|pres)?qu)['’](?=.)", re.IGNORECASE)
-SENTENCE_START = re.compile(r"[.!?…:;«»“”\"()\[\]|–—\n]|\s-\s")  # between two words
+SENTENCE_START = re.compile(r"[.!?…:;«»“”‘\"()\[\]|–—\n]|\s-\s")  # between two words
 TITLED = re.compile(r"(?:\b[A-ZÀ-ÖØ-Þ]|\bMM|\bMmes?|\bMlles?|\bDr|\bMe|\bSte?)\.\s*$")  # M. Macron
 # Begin a title with a capital, before a name as elsewhere.
 FUNCTION_WORDS = frozenset(
     """
-    a à au aux avec ce ces cet cette chez comment dans de des deux du elle elles en entre et il ils
-    la le les leur leurs lors mais ne ni non notre nos on ou où par pas plus pour pourquoi quand que
-    quel quelle quelles quels qui sa sans se selon ses si son sous sur tous tout toute toutes un une
-    vers via voici voilà votre vos
+    a à après au aux avant avec ce ces cet cette chez comment contre dans de depuis des du elle
+    elles en entre et hors il ils la le les leur leurs lors mais malgré merci ne ni non notre nos
+    on ou où par pas pendant plus pour pourquoi quand que quel quelle quelles quels qui sa sans
+    sauf se selon ses si son sous sur tous tout toute toutes un une vers via voici voilà votre vos
     """.split()  # noqa: SIM905
 )
-QUOTATION = re.compile(r"«([^«»]*)»|“([^“”]*)”|\"([^\"]*)\"")
+NO_NAMES = frozenset("MM Mme Mmes Mlle Mlles Me Dr Mgr Md Mds".split())  # noqa: SIM905
+# VIDÉO. or EN DIRECT : before a title; initials rarely have more than four letters.
+LABEL = re.compile(r"(?=[^.:]*?[^\W\d_]{5})[^.:]+[.:](?!\w)")
+# A straight ' is an apostrophe as often as a quotation mark, and is taken for none.
+QUOTATION = re.compile(r"«([^«»]*)»|“([^“”]*)”|\"([^\"]*)\"|‘((?:[^‘’]|’(?=\w))*)’")
 LEFT_OUT = re.compile(r"…|\.\.\.|\([^()]*\)|\[[^\[\]]*\]")  # of a quotation, or put into it
 
 THOUSANDS = r"[0-9]{1,3}(?:[\s.][0-9]{3})+(?![0-9])"
 NUMBER = re.compile(rf"(?<![^\W_])(?P<number>(?:{THOUSANDS}|[0-9]+)(?:[.,][0-9]+)?)")
-SCALE = re.compile(r"(?:er|e|)\s*(mille|million|milliard)s?\b", re.IGNORECASE)
+# Behind a number, or behind a second one: 2 à 3 millions.
+SCALE = re.compile(
+    r"(?P<range>\s*(?:-|et|ou|à)\s*[0-9][0-9.,]*)?"
+    r"(?:\s*(?P<scale>(?i:mille|million|milliard))s?\b|\s*(?P<short>Mds?\b|M(?=\s*[€$])))"
+)
+NEAR = re.compile(r"[\s‐‑-]*")
+NUMERAL_WORDS = 20  # no number has more
 SCALES = {"mille": 1_000, "million": 1_000_000, "milliard": 1_000_000_000}
+SCALES |= {"M": SCALES["million"], "Md": SCALES["milliard"], "Mds": SCALES["milliard"]}
 CLOCK = re.compile(r"(?<=\d)[hHx](?=\d)")  # 20h30
 
 
@@ -83,10 +96,20 @@ def novelty(titles: list[str], article: list[str]) -> list[list[float | None]]:
 
 
 def loop_in(title: str) -> str | None:
-    """Return the words that a title says over and over, or None."""
-    counts = Counter(ngrams(words_of(title), LOOP_WORDS))
+    """Return the words that a title says over and over, or None: three of them anywhere, or fewer
+    that follow themselves at once."""
+    words = words_of(title)
+    counts = Counter(ngrams(words, LOOP_WORDS))
     ngram, times = counts.most_common(1)[0] if counts else (None, 0)
-    return " ".join(ngram) if times >= LOOP_TIMES else None
+    if times >= LOOP_TIMES:
+        return " ".join(ngram)
+    for n in range(1, LOOP_WORDS):
+        for start in range(len(words) - n * LOOP_TIMES + 1):
+            ngram = words[start : start + n]
+            # Not 1 000 000 000.
+            if ngram != ["000"] and words[start : start + n * LOOP_TIMES] == ngram * LOOP_TIMES:
+                return " ".join(ngram)
+    return None
 
 
 class Article:
@@ -113,7 +136,8 @@ class Article:
         """
         missing = []
         for run in names_in(title):
-            parts = [[stem(fold(part)) for part in WORD.findall(name)] for name in run]
+            words = [WORD.findall(name.replace(".", "")) for name in run]  # of initials
+            parts = [[stem(fold(part)) for part in of_name] for of_name in words]
             new = [
                 name
                 for name, stems in zip(run, parts, strict=True)
@@ -150,20 +174,24 @@ def names_in(title: str) -> list[list[str]]:
     Those are words with a capital, and after an elision too (l'Élysée). The first word of a title
     or of a sentence in it, or after a colon or an opening quote, has one anyway: it counts where
     more than its first letter is a capital (SNCF, Jean-Luc), or where another name follows at once
-    (Emmanuel Macron), if it is no article, preposition or the like. A title all in capitals says
-    nothing by them.
+    (Emmanuel Macron), if it is no article, preposition, numeral or the like; those two are not
+    together. A title all in capitals says nothing by them, nor does a label before it (VIDÉO.).
     """
-    title = INITIALS.sub(lambda match: match[0].replace(".", ""), title)
+    label = LABEL.match(title)
+    if label and label[0].isupper() and any(map(str.islower, title)):
+        title = " " * label.end() + title[label.end() :]
     tokens = list(TOKEN.finditer(title))
     shouted = [token[0].isupper() for token in tokens if any(map(str.isalpha, token[0]))]
     if len(shouted) > 3 and sum(shouted) > len(shouted) / 2:
         return []
     names, end = [], None
     for position, token in enumerate(tokens):
-        word, elided = token[0], False
+        word, elided, placed = token[0], False, False
         while match := ELISION.match(word):
             word, elided = word[match.end() :], True
         if not word[0].isalpha() or len(word) < 2 or not any(map(str.isupper, word)):
+            continue
+        if word in NO_NAMES:
             continue
         before = title[tokens[position - 1].end() if position else 0 : token.start()]
         starts = position == 0 or SENTENCE_START.search(before)
@@ -176,42 +204,90 @@ def names_in(title: str) -> list[list[str]]:
             following = tokens[position + 1] if position + 1 < len(tokens) else None
             followed = following is not None and following[0][0].isupper()
             followed = followed and not title[token.end() : following.start()].strip()
-            if not inside and (not followed or word.lower() in FUNCTION_WORDS):
+            if not inside and (not followed or _is_function_word(word)):
                 continue
+            placed = True
         if end is not None and title[end : token.start()] == " " and not elided:
             names[-1].append(word)
         else:
             names.append([word])
-        end = token.end()
+        end = None if placed else token.end()
     return names
 
 
+def _is_function_word(word: str) -> bool:
+    return word.lower() in FUNCTION_WORDS or fold(word).replace("-", " ") in numerals(True)
+
+
 def numbers_in(text: str, ordinals: bool = False) -> list[tuple[str, set[str]]]:
-    """Return the numbers of a text, each as it is written and with the values that it may have.
+    """Return the numbers of a text, each as it stands there and with the values that it may have.
 
     In figures, 1 200, 1.200 and 1200 are one number, 3,5 and 3.5 too, 2,500 may be either, and
-    "3 millions" is also 3000000; in words, from deux to quatre-vingt-dix-neuf, without "neuf",
-    which is also "new". `ordinals`: and un, neuf, cent, mille and ordinals, for what a title's
-    "1er" may come from.
+    "3 millions" is 3000000; in words, from deux on, without "neuf", which is also "new", and cent
+    and mille alone, which are also "many". `ordinals`: and those, un and ordinals, for what a
+    title's "1er" may come from, and 3 of "3 millions".
     """
-    text = CLOCK.sub(" ", text)
+    whole, text = text, CLOCK.sub(" ", text)  # of the same length
     found = []
     for match in NUMBER.finditer(text):
         values = _values(match["number"])
         if scale := SCALE.match(text, match.end()):
-            factor = SCALES[scale[1].lower()]
-            values |= {_plain(float(value) * factor) for value in values if len(value) < 16}
-        found.append((match["number"], values))
-    words = [fold(word) for word in WORD.findall(text)]
-    spelled, position = numerals(ordinals), 0
+            factor = SCALES[scale["short"] or scale["scale"].lower()]
+            scaled = {_plain(float(value) * factor) for value in values if len(value) < 16}
+            # Of "le 2 et 3 millions", who knows.
+            values = scaled | values if ordinals or scale["range"] or not scaled else scaled
+        found.append((whole[match.start() : match.end()], values))
+    words = [(fold(match[0]), match.start(), match.end()) for match in WORD.finditer(text)]
+    heads, position = numeral_heads(), 0
     while position < len(words):
-        for length in (4, 3, 2, 1):  # quatre-vingt-dix-neuf
-            value = spelled.get(" ".join(words[position : position + length]))
-            if value is not None and len(words) >= position + length:
-                found.append((" ".join(words[position : position + length]), {str(value)}))
-                break
-        position += length
+        start, value = position, None
+        if words[start][0] in heads:
+            value, position = _spelled_number(text, words, start, ordinals)
+        if value is not None:
+            found.append((whole[words[start][1] : words[position - 1][2]], {str(value)}))
+        position = max(position, start + 1)
     return found
+
+
+def _spelled_number(text: str, words: list, start: int, ordinals: bool) -> tuple:
+    """Return what the words from `start` on are worth together, or None, and where they end.
+
+    deux cent mille: up to 999 is added up in `part`, and that in `total` by a scale, each of which
+    is smaller than the one before. Of one number is what only spaces and hyphens stand between.
+    """
+    spelled, end = numerals(True), start + 1
+    while end < len(words) and NEAR.fullmatch(text, words[end - 1][2], words[end][1]):
+        end += 1
+        if end - start == NUMERAL_WORDS:
+            break
+    words = [word for word, _, _ in words[start:end]]
+    total, part, smallest, position = 0, None, math.inf, 0
+    while position < len(words):
+        word = words[position]
+        scale = SCALES.get(word.removesuffix("s"), math.inf)
+        if (word == "cent" and part is None) or (
+            word in ("cent", "cents") and part and 1 < part < 20
+        ):
+            part, position = (part or 1) * 100, position + 1
+        elif scale < smallest and (part or word == "mille"):
+            total, part, smallest = total + (part or 1) * scale, None, scale
+            position += 1
+        elif part is None or (part and part % 100 == 0):
+            for length in (4, 3, 2, 1):  # quatre-vingt-dix-neuf
+                numeral = " ".join(words[position : position + length])
+                if numeral in spelled and position + length <= len(words):
+                    break
+            else:
+                break
+            value = spelled[numeral]
+            if position and (value == 0 or value >= 100):
+                break
+            part, position = (part or 0) + value, position + length
+        else:
+            break
+    whole = " ".join(words[:position])
+    known = ordinals or whole not in spelled or whole in numerals(False)
+    return total + (part or 0) if position and known else None, start + position
 
 
 def _values(number: str) -> set[str]:
@@ -260,6 +336,11 @@ def numerals(ordinals: bool) -> dict[str, int]:
         root += {"cinq": "u"}.get(root.split()[-1], "")
         spelled[f"{root.removesuffix('f') + 'v' if root.endswith('neuf') else root}ieme"] = value
     return spelled
+
+
+@functools.cache
+def numeral_heads() -> frozenset[str]:
+    return frozenset(spelled.split()[0] for spelled in numerals(True))
 
 
 @functools.lru_cache(maxsize=1 << 16)

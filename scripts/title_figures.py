@@ -26,7 +26,7 @@ from title_facts import (
 )
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
-LANGUAGES = ("french", "english", "other", "none")  # none: an empty title
+LANGUAGES = ("french", "english", "other", "none")  # none: a title without a letter
 # In what is found in a title, and in what its article does not support.
 FLAGS = ("empty", "repeated", "looping", "cut", "numbers", "names", "quotations")
 CHUNK_ROWS = 100  # that a process is given at a time
@@ -190,6 +190,10 @@ def measure_chunk(articles, references, titles, baselines) -> tuple[dict, dict]:
 def _facts(titles: list[str]) -> dict:
     classify = language_classifier()
     codes = {"fr": 0, "en": 1}
+
+    def language(title: str) -> int:
+        return codes.get(classify(title)[0], 2) if any(map(str.isalpha, title)) else 3
+
     marks = []
     for title in titles:
         marks.append({} if title.strip() else {"empty": []})
@@ -198,7 +202,7 @@ def _facts(titles: list[str]) -> dict:
     return {
         "rouge": {},
         "words": [count_words(title) for title in titles],
-        "language": [codes.get(classify(title)[0], 2) if title.strip() else 3 for title in titles],
+        "language": [language(title) for title in titles],
         "hash": [_hash(title) for title in titles],
         "novel": [[None] * len(NGRAMS) for _ in titles],
         "marks": marks,
@@ -315,7 +319,7 @@ def _end_with_parent() -> None:
 def describe(figures: Figures) -> dict:
     """Return the figures of one system over all its rows.
 
-    `language` are shares of the titles that are not empty (None if all are), `novel` the mean
+    `language` are shares of the titles that have a letter (None if none has), `novel` the mean
     shares of n-grams that are not in the article, by n, and `flags` numbers of titles; None stands
     for what could not be looked at.
     """
@@ -326,7 +330,7 @@ def describe(figures: Figures) -> dict:
     filled = len(figures.language) - counts[LANGUAGES.index("none")]
     known = ~numpy.isnan(figures.novel)
     return {
-        "empty": counts[LANGUAGES.index("none")],
+        "empty": int(figures.flags["empty"].sum()),
         "words": {"mean": float(figures.words.mean())}
         | dict(zip(("q1", "median", "q3"), quartiles, strict=True)),
         "language": {

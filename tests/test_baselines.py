@@ -40,6 +40,12 @@ def test_sentences(article, found):
     assert sentences(article) == found
 
 
+def test_a_row_of_dots_is_looked_at_once():
+    """From each of its dots anew, this one would take hours."""
+    dots = "." * 1_000_000
+    assert sentences(f"Paris {dots}x. Puis") == [f"Paris {dots}x.", "Puis"]
+
+
 def test_a_page_without_any_full_stop_is_cut():
     assert sentences("mot " * 1000) == [" ".join(["mot"] * MAX_WORDS)]
 

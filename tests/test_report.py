@@ -19,7 +19,8 @@ from test_run_folder import RECORD
 
 import report
 import score
-from plots import plot_curve, ticks
+from plots import figure, label, plot_curve, plot_lengths, plot_memory, short, ticks
+from title_figures import Figures
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
@@ -189,6 +190,75 @@ def test_marks_on_a_curve_do_not_cover_each_other(count, labelled):
     drawn = plot_curve("a", "ROUGE-L", rows, "eval_rougeL", [])
     assert drawn.count("<circle") == count
     assert drawn.count('class="strong"') == labelled
+
+
+def lengths(words: dict) -> str:
+    figures = {name: Figures(len(w), None, False, None) for name, w in words.items()}
+    for name, of_name in words.items():
+        figures[name].words[:] = of_name
+    return plot_lengths(figures)
+
+
+def test_one_long_title_leaves_room_for_the_others():
+    usual = list(range(8, 28)) * 2
+    drawn = lengths({None: usual, "a": [*usual[:-1], 5_000]})
+    assert "(shaded: the true titles; the last bar: 26 and more)" in drawn
+    assert re.findall(r'text-anchor="middle">(.*?)<', drawn) == ["0", "10", "20"]
+    points = re.search(r'points="([^"]*)" class="outline"', drawn)[1].split()
+    heights = [float(point.split(",")[1]) for point in points[1:-1:2]]
+    assert heights[-1] == min(heights) < heights[-2]  # the long one is in the last bar
+    assert "last bar" not in lengths({"a": [9] * 40, "b": [3] * 40})
+
+
+@needs_browser
+def test_names_of_systems_end_before_the_plot(tmp_path):
+    names = [
+        "MODEL-WITH-WIDE-LETTERS-MMMM",
+        "w" * 17,
+        "e" * 40,
+        "模型" * 9,
+        "LLAMA-2-7B-QLORA",
+        "a",
+    ]
+    shapes = "".join(label(0, 20, short(name)) for name in names)
+    page = report.TEMPLATE.read_text(encoding="utf-8").replace(
+        "%%BODY%%", figure("a", "", "", 9, shapes)
+    )
+    page = page.replace("%%DATA%%", "{}").replace("%%TITLE%%", "t")
+    for kind in ("style", "script"):
+        own = re.search(rf"<{kind}>(.*?)</{kind}>", page, re.S)[1]
+        page = page.replace(f"%%{kind.upper()}_HASH%%", report._sha256(own))
+    (tmp_path / "p.html").write_text(page, encoding="utf-8")
+    steps = (
+        "seen.w = [...document.querySelectorAll('svg text')].map((e) => e.getComputedTextLength());"
+    )
+    seen, _ = browse(tmp_path / "p.html", tmp_path, steps)
+    assert len(seen["w"]) == len(names)
+    assert max(seen["w"]) <= 120
+    assert short("LLAMA-2-7B") == "LLAMA-2-7B"
+
+
+def test_a_run_of_one_update_has_whole_steps_and_a_point():
+    drawn = plot_curve("a", "L", [{"step": 1, "loss": 2.5}], "loss", [])
+    assert re.findall(r'text-anchor="middle">(.*?)<', drawn) == ["0", "1"]
+    point = re.search(r'<circle cx="(.*?)" .*? class="curve"/>', drawn)[1]
+    assert float(point) == float(re.search(r'points="(.*?),', drawn)[1])
+    rows = [{"step": step, "loss": 1} for step in (1, 2)]
+    assert "<circle" not in plot_curve("a", "L", rows, "loss", [])
+
+
+def test_memory_that_is_the_same_or_not_counted():
+    def described(**memory):
+        return re.search(r"<desc [^>]*>(.*?)</desc>", plot_memory("a", MEMORY | memory))[1]
+
+    assert "expected 7.5 GiB" in described()
+    assert "expected" not in described(this_run=6 * GIB)
+    some = {"full": None, "lora": None, "qlora": 6 * GIB}
+    expected = "full fine-tuning not counted; LoRA not counted; QLoRA 6.0 GiB; this run, measured"
+    assert described(estimate=some, this_run=6 * GIB).startswith(expected)
+    assert ">not counted</text>" in plot_memory("a", MEMORY | {"estimate": some})
+    nothing = {"estimate": dict.fromkeys(some), "this_run": None, "measured_peak": None}
+    assert plot_memory("a", nothing) == ""
 
 
 def test_a_long_curve_is_thinned_to_means():

@@ -415,6 +415,8 @@ def test_names_of_rows(files, monkeypatch):
         "name": "owner/name",
         "é": "p",
     }
+    named = score.name_files(["x_lr=2e-4=b.csv", "y_lr=2e-4=lr=2e-4.csv", "z=lr=none.csv"])
+    assert named == {"x_lr=2e-4": "b.csv", "y_lr=2e-4": "lr=2e-4.csv", "z": "lr=none.csv"}
 
 
 @pytest.mark.parametrize(

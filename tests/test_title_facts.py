@@ -88,16 +88,16 @@ def test_language_of_short_titles(code, titles):
     ],
 )
 def test_numbers_that_the_article_has(title):
-    assert [n for n in ARTICLE.lacks_numbers(title) if n != "trois"] == []
+    assert [n for n in ARTICLE.lacks_numbers(title) if n != "Trois"] == []
 
 
 @pytest.mark.parametrize(
     ("title", "missing"),
     [
         ("1 300 maires", ["1 300"]),
-        ("Trois morts", ["trois"]),
+        ("Trois morts", ["Trois"]),
         ("25 blessés, 35 % de plus, 25 fois", ["25", "35"]),
-        ("Soixante et onze blessés", ["soixante et onze"]),
+        ("Soixante et onze blessés", ["Soixante et onze"]),
         ("Le 12 juin à 21h30", ["12", "21"]),
         ("2,4 millions d'euros", ["2,4"]),
         ("En 2019", ["2019"]),
@@ -123,10 +123,59 @@ def test_numbers_in_words_from_0_to_99():
     assert not {"un", "neuf", "premier"} & numerals(False).keys()
 
 
+@pytest.mark.parametrize(
+    ("title", "missing"),
+    [
+        ("1,5 million d'euros", ["1,5"]),
+        ("1,5 milliard d'euros", []),
+        ("1500 millions", []),
+        ("1,5 Md€, 2,3 M€, 2,3 millions", []),
+        ("2,3 milliards", ["2,3"]),
+        ("Deux morts, vingt blessés", ["Deux", "vingt"]),
+        ("200 morts, Cent-vingt blessés, 120 000 euros", []),
+        ("Trois millions, 2.300.000 et deux millions trois cent mille", []),
+    ],
+)
+def test_numbers_are_taken_whole(title, missing):
+    article = "1,5 milliard, 2,3 M€. Deux cents morts, cent vingt blessés et cent vingt mille euros"
+    article += " sur trois millions."
+    assert Article(article).lacks_numbers(title) == missing
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        ("Deux cent mille", 200_000),
+        ("mille neuf cent quatre-vingt-dix-neuf", 1999),
+        ("Dix-neuf cents", 1900),
+        ("neuf cent neuf", 909),
+        ("un million", 1_000_000),
+        ("deux milliards trois cents millions quatre mille un", 2_300_004_001),
+    ],
+)
+def test_numbers_in_words_above_99(words, value):
+    assert numbers_in(words) == numbers_in(words, True) == [(words, {str(value)})]
+
+
+def test_words_that_are_not_one_number():
+    def read(title, ordinals=False):
+        return [(number, *values) for number, values in numbers_in(title, ordinals)]
+
+    assert read("deux, cent trois") == [("deux", "2"), ("cent trois", "103")]
+    assert read("vingt trente") == [("vingt", "20"), ("trente", "30")]
+    assert read("Cent fois, mille fois, un, neuf, cents, millions") == []
+    assert read("cent, mille mille", True) == [("cent", "100"), *[("mille", "1000")] * 2]
+    assert [number for number, _ in read("deux " * 50)] == ["deux"] * 50
+
+
 def test_a_number_may_be_read_in_more_than_one_way():
     assert numbers_in("2,500") == [("2,500", {"2.5", "2500"})]
     assert numbers_in("1.234.567,80") == [("1.234.567,80", {"1234567.8"})]
-    assert numbers_in("3 milliards") == [("3", {"3", "3000000000"})]
+    assert numbers_in("3 milliards", True)[0] == ("3", {"3", "3000000000"})
+    for title in ("3 milliards", "3 Mds", "3 Md€", "3000 M€", "3000 millions"):
+        assert numbers_in(title)[0][1] == {"3000000000"}, title
+    assert numbers_in("3 M. et Mme") == [("3", {"3"})]
+    assert numbers_in("2 à 3 millions") == [("2", {"2", "2000000"}), ("3", {"3000000"})]
     assert numbers_in("007") == [("007", {"7"})]
     assert numbers_in("en 2019 100 personnes") == [("2019", {"2019"}), ("100", {"100"})]
     assert numbers_in("9" * 5000)[0][1] == {"9" * 5000}
@@ -145,12 +194,21 @@ def test_a_number_may_be_read_in_more_than_one_way():
         ("L'Élysée et l’Union de Jean-Luc", ["Élysée", "Union", "Jean-Luc"]),
         ("L'été. Une fin ? « Oui » : Non", []),
         ("SNCF, OMS et iPhone", ["SNCF", "OMS", "iPhone"]),
-        ("La S.N.C.F. en grève", ["SNCF"]),
+        ("La S.N.C.F. en grève", ["S.N.C.F."]),
         ("LA POLICE ENQUÊTE SUR UN VOL", []),
         ("Rien que 12 € - Rien", []),
         ("aujourd'hui, presqu'Île", ["Île"]),
         ("Covid-19 : le G7 réuni", ["G7"]),
         ("", []),
+        ("Après Paris, Contre Lyon", ["Paris", "Contre", "Lyon"]),
+        ("Depuis Nîmes. Merci Paul : Trois Français", ["Nîmes", "Paul", "Français"]),
+        ("Trente-deux Nîmois, Mme Macron et Me Petit", ["Nîmois", "Macron", "Petit"]),
+        ("Mlle Petit paie 3 Mds à M. Macron", ["Petit", "Macron"]),
+        ("VIDÉO. Macron à Nîmes", ["Nîmes"]),
+        ("EN DIRECT : la SNCF", ["SNCF"]),
+        ("INFO EUROPE 1. Un accord", []),
+        ("SNCF : le trafic perturbé", ["SNCF"]),
+        ("La VIDÉO : le trafic", ["VIDÉO"]),
     ],
 )
 def test_what_is_written_as_a_name(title, names):
@@ -167,9 +225,12 @@ def test_what_is_written_as_a_name(title, names):
         ("Un élu du FN, ex-FN", []),
         ("Le maire de Marseille et Brigitte Macron", ["Marseille", "Brigitte"]),
         ("Le patron de la RATP", ["RATP"]),
+        ("Le patron de la R.A.T.P. et J.R.Tolkien", ["R.A.T.P.", "J.R.Tolkien"]),
         ("Paris, Paris, Londres et Paris", ["Paris", "Londres"]),
         ("Un maire, Paul Petit, et Anne Petit", []),
         ("Un maire, Anne Grand", ["Anne Grand"]),  # of two people, one was made
+        ("Anne Grand", []),  # may be a sentence's first word, and a name
+        ("Jean-Luc Petit", []),
         ("Un maire, Jean-Luc Petit", ["Jean-Luc Petit"]),
         ("Anne, Grand et l'Anne", []),
         ("Le maire de Nîmes Paul Petit", []),
@@ -193,6 +254,9 @@ def test_names_that_the_article_has_not(title, missing):
         ("“tout à craindre”", ["tout à craindre"]),
         ("« craindre rien » et « a reçu »", ["craindre rien"]),
         ("« à craindre de nous", []),  # which does not end
+        ("Macron : ‘n’ont tout à craindre’ de l’été", ["n’ont tout à craindre"]),
+        ("‘Rien à craindre’, dit-il", []),
+        ("'tout à craindre'", []),  # apostrophes, for all that is known
     ],
 )
 def test_quotations_that_the_article_has_not(title, missing):
@@ -209,6 +273,12 @@ def test_quotations_that_the_article_has_not(title, missing):
         ("non non non non non", "non non non"),
         ("de la mer, de la terre, de la lune, de la", None),  # two words come back in any title
         ("un deux trois un deux trois", None),
+        ("oui oui oui oui", "oui"),
+        ("Grève à Paris, Paris, Paris", "paris"),
+        ("le la le la le la", "le la"),
+        ("non, non, oui, non", None),
+        ("le la le la", None),
+        ("Dette : 1 000 000 000 d'euros", None),
         ("un deux", None),
         ("", None),
     ],

@@ -58,6 +58,12 @@ def test_language_shares():
     assert described(["", " "])["language"] == dict.fromkeys(("french", "english", "other"))
 
 
+def test_a_title_without_a_letter_has_no_language_and_is_not_empty():
+    found = described(["Le maire démissionne", "12", "!!!", ""])
+    assert found["language"] == {"french": 1, "english": 0, "other": 0}
+    assert found["empty"] == 1
+
+
 def test_flags_are_counted_and_listed():
     cut = [False] * 6 + [True]
     figures, _, _ = measure(None, {"a": TITLES}, {"a": cut}, enumerate(ARTICLES))
