@@ -246,7 +246,7 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop):
     checkpoint_layers(base, memory["checkpointed_every"])
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
-    # ------------------------------------------------------------------ optimizer and schedule
+    # ------------------------------------------------------------------ optimizer
     paged_adamw = PagedAdamW32bit(trainable, lr=args.learning_rate, weight_decay=0.0)
 
     # ------------------------------------------------------------------ prepare

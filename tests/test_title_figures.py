@@ -4,6 +4,7 @@ python -m pytest tests/test_title_figures.py
 """
 
 import contextlib
+import functools
 import random
 import signal
 import subprocess
@@ -130,8 +131,13 @@ def test_no_process_outlives_the_one_that_started_it(tmp_path, number):
     rows = french_rows(3_000, seed=1)
     file = write_csv(tmp_path / "r.csv", rows)
     command = [sys.executable, SCRIPTS / "score.py", "--references", file, "--output_dir", tmp_path]
+    # A shell has its background jobs, and so the tests in one, ignore SIGINT.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = psutil.Popen(
-        [*command, "--predictions", file], stderr=subprocess.PIPE, start_new_session=True
+        [*command, "--predictions", file],
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=heed,
     )
     try:
         children = []
