@@ -41,6 +41,7 @@ class StopRequest:
         for number in SIGNALS:
             if signal.getsignal(number) == signal.SIG_IGN:
                 signal.signal(number, signal.SIG_DFL)
+        sys.stdout, sys.stderr = map(Unread, self.streams)  # whose reader may go at any time
         return self
 
     def __exit__(self, *_):
@@ -52,10 +53,9 @@ class StopRequest:
         sys.stdout, sys.stderr = self.streams
 
     def listen(self) -> None:
-        """Take signals as requests, and go on without a reader of what is printed, from now on."""
+        """Take signals as requests from now on."""
         for number in SIGNALS:
             self.handlers[number] = signal.signal(number, self._handle)
-        sys.stdout, sys.stderr = map(Unread, self.streams)
 
     def asked(self) -> bool:
         """Return whether to stop as soon as nothing is half done."""
