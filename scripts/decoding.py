@@ -7,7 +7,6 @@ those that have ended leave the batch.
 """
 
 import inspect
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from transformers.cache_utils import DynamicLayer
 
 import packing
 from exit_codes import LoneError, note
+from machine import free_memory
 from prompting import Ends
 
 ROUND = 16  # new tokens between two looks at who has ended
@@ -179,15 +179,6 @@ def prefill(model, prompts: list[list[int]]) -> DynamicCache:
 
 
 # ---------------------------------------------------------------------- memory
-
-
-def free_memory(device: torch.device) -> int:
-    """Return the bytes of the device that nobody has; of a machine's, this process's share."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil  # Accelerate's
-
-    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def choose_max_batch_tokens(model, num_beams: int = 1) -> int:

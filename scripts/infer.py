@@ -25,7 +25,7 @@ from pathlib import Path
 
 from articles import Columns, check_articles, open_articles
 from exit_codes import STOPPED, UserError, is_first_process, note, printable, run, writing
-from machine import check_devices
+from machine import check_devices, free_memory
 from prompting import PROMPTS, Prompt, load_tokenizer, prompt_of_run, read_template
 from run_folder import (
     ADAPTER_WEIGHTS,
@@ -431,7 +431,6 @@ def load(source: dict, base_folder: Path, prompt, decoding: Decoding):
     import torch
     from accelerate import Accelerator
 
-    from decoding import free_memory
     from modeling import attach_adapter, dequantize_base, load_base
     from packing import use_packed_attention
 

@@ -88,5 +88,21 @@ def check_gpus(where: str, wanted: int) -> None:
         raise UserError(where, f"the config asks for {asked} and {there}", advice)
 
 
+def free_memory(device) -> int:
+    """Return the bytes of a torch device that this process has free or can have.
+
+    Of a GPU, what nobody has and what torch keeps without using it; of a machine's memory, an equal
+    share for each process on it.
+    """
+    if device.type == "cuda":
+        import torch
+
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    import psutil  # Accelerate's
+
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 if __name__ == "__main__":
     run(main)

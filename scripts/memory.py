@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from batching import pack
+from machine import free_memory
 from modeling import checkpoint_layers, decoder_linears, keep_input_dtype
 from packing import PACKED
 from prompting import Example
@@ -61,7 +62,7 @@ def plan_memory(
     choices = (0, 4, 2, 1) if asked == "auto" else (int({"none": 0, "full": 1}.get(asked, asked)),)
     for every in choices:
         found = peak(way, every)
-        if found is not None and found < 0.9 * _free_memory(device):
+        if found is not None and found < 0.9 * free_memory(device):
             break
     estimate = {other: found if other == way else peak(other, every) for other in WAYS}
     record = {"device": device.type, "checkpointed_every": every}
@@ -142,15 +143,6 @@ class _Count(TorchDispatchMode):
 
     def _freed(self, key: int) -> None:
         self.now -= self.living.pop(key)
-
-
-def _free_memory(device: torch.device) -> int:
-    """Return the bytes that this process has or can have."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    import psutil  # Accelerate's
-
-    return psutil.virtual_memory().available
 
 
 def peak_memory(device: torch.device) -> int:

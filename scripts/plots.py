@@ -5,6 +5,7 @@ Colours are those of report.html, by class. All text is escaped here, by `text`.
 
 import html
 import math
+import statistics
 import unicodedata
 from collections.abc import Callable
 
@@ -12,6 +13,7 @@ from exit_codes import printable
 
 CURVE_POINTS = 400  # of a loss curve; more updates are averaged
 LABELLED = 8  # marks on a curve that have room for their figures; of more, the last has one
+SPIKE = 5  # times the median of a curve, above which it is cut off
 WIDTH = 400  # of a plot, in the pixels of a phone; a page that has room shows it larger
 ROOM = 116  # of it at the left, for a system's name
 TRUE = "true titles"
@@ -204,8 +206,15 @@ def plot_curve(anchor: str, caption: str, rows: list[dict], key: str, evaluated:
         return ""
     last = max(step for step, _ in points + marks)
     steps = [step for step in ticks(last) if step <= last and abs(step - round(step)) < 1e-6]
-    values = ticks(max(value for _, value in points + marks))
-    across, up = _scale(0, last, left, right), _scale(0, values[-1], bottom, top)
+    found = [value for _, value in points + marks]
+    # A run that diverged, or one wild update, would flatten all others: cut off what is far above.
+    most = min(max(found), SPIKE * statistics.median(found)) or max(found)
+    values = ticks(most)
+    across, scale = _scale(0, last, left, right), _scale(0, values[-1], bottom, top)
+
+    def up(value: float) -> float:
+        return scale(min(value, values[-1]))
+
     shapes = "".join(
         line(left, up(value), right, up(value), "grid")
         + label(left - 6, up(value) + 4, f"{value:.3g}", "axis", "end")
@@ -230,7 +239,9 @@ def plot_curve(anchor: str, caption: str, rows: list[dict], key: str, evaluated:
     )
     described += f"at update {points[-1][0]:.0f}"
     described += "".join(f"; validation {value:.4g} after {step}" for step, value in marks)
-    caption += " (dots: validation)" if marks else ""
+    notes = ["dots: validation"] * bool(marks)
+    notes += [f"up to {max(found):.3g}, cut off"] * (max(found) > values[-1])
+    caption += f" ({'; '.join(notes)})" if notes else ""
     return figure(anchor, caption, described, bottom + 38, shapes)
 
 

@@ -547,6 +547,17 @@ def test_processes_are_refused_where_their_gpus_are_missing(monkeypatch, variabl
         machine.check_devices()
 
 
+def test_processes_of_a_machine_share_its_memory(monkeypatch):
+    import machine
+
+    monkeypatch.setattr("psutil.virtual_memory", lambda: argparse.Namespace(available=3 << 30))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    cpu = argparse.Namespace(type="cpu")
+    assert machine.free_memory(cpu) == 3 << 30
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert machine.free_memory(cpu) == 1 << 30
+
+
 def test_full_shared_memory_is_refused_where_several_gpus_need_it(monkeypatch, tmp_path):
     import machine
 

@@ -119,7 +119,7 @@ def test_checkpointing_is_as_asked_for(base, asked, every):
 @pytest.mark.parametrize("every", [0, 4, 2, 1])
 def test_checkpointing_is_the_least_that_fits(base, every, monkeypatch):
     room = 1.001 * expected(base, every=every) / 0.9 if every != 1 else 0
-    monkeypatch.setattr(memory, "_free_memory", lambda device: room)
+    monkeypatch.setattr(memory, "free_memory", lambda device: room)
     assert plan(base, CUDA)["checkpointed_every"] == every
 
 

@@ -261,11 +261,26 @@ def test_memory_that_is_the_same_or_not_counted():
     assert plot_memory("a", nothing) == ""
 
 
+def test_a_run_that_diverged_leaves_the_rest_of_its_curve_to_be_seen():
+    rows = [{"step": step, "loss": 3 - step / 100} for step in range(1, 101)]
+    rows += [{"step": 101, "loss": 4000.0}]
+    drawn = plot_curve("a", "L", rows, "loss", [{"step": 50, "eval_loss": 2.4}])
+    heights = [float(pair.split(",")[1]) for pair in points_of(drawn)]
+    assert heights[0] < heights[99] - 10
+    assert heights[100] == min(heights)
+    assert "L (dots: validation; up to 4e+03, cut off)" in drawn
+    assert "to 4000 at" in drawn
+
+
+def points_of(drawn: str) -> list[str]:
+    return re.search(r'points="(.*?)" class="curve"', drawn)[1].split()
+
+
 def test_a_long_curve_is_thinned_to_means():
     rows = [{"step": step, "loss": step % 2} for step in range(1, 4_001)]
-    points = re.search(r'points="(.*?)" class="curve"', plot_curve("a", "L", rows, "loss", []))[1]
-    heights = {float(point.split(",")[1]) for point in points.split()}
-    assert len(points.split()) == 400
+    points = points_of(plot_curve("a", "L", rows, "loss", []))
+    heights = {float(point.split(",")[1]) for point in points}
+    assert len(points) == 400
     assert len(heights) == 1  # each is the mean of five noughts and five ones
 
 
