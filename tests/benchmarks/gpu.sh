@@ -3,7 +3,8 @@
 #
 #   bash tests/benchmarks/gpu.sh OUT                  the tests, then training and titles at 7B
 #   bash tests/benchmarks/gpu.sh OUT train variants   these parts alone
-#   SMOLLM2=FOLDER INF582=FOLDER bash tests/benchmarks/gpu.sh OUT real    the report's experiment
+#   SMOLLM2=FOLDER INF582=FOLDER bash tests/benchmarks/gpu.sh OUT real best    the report's table
+#   (the same with CONFIG=accelerate_configs/cpu.yaml TRAIN_ROWS=16 VALIDATION_ROWS=8 for a try)
 #   MODEL=tiny UPDATES=8 ROWS=6 bash tests/benchmarks/gpu.sh OUT          a try on a CPU
 #
 # OUT gets a JSON for each part, with device, versions and command, and a log.
@@ -12,6 +13,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 OUT="${1:?give a folder}"
 shift
 MODEL="${MODEL:-llama-2-7b}" UPDATES="${UPDATES:-100}" ROWS="${ROWS:-1500}"
+CONFIG="${CONFIG:-accelerate_configs/single_gpu.yaml}"
+REAL=(${TRAIN_ROWS:+--train_rows "$TRAIN_ROWS"} ${VALIDATION_ROWS:+--validation_rows "$VALIDATION_ROWS"})
 export HF_HUB_OFFLINE=1
 mkdir -p "$OUT"
 
@@ -45,8 +48,13 @@ for name in "$@"; do
       --loops ours adapter unsorted pipeline --rounds 1 \
       --ours "continuous=--engine continuous" --output_file "$OUT/bench_infer_gpu.json" ;;
     real) part real python tests/benchmarks/real_data.py --model "$SMOLLM2" --data_dir "$INF582" \
-      --output_dir "$OUT/real" --config_file accelerate_configs/single_gpu.yaml \
-      --max_length 1024 ;;
+      --output_dir "$OUT/real" --config_file "$CONFIG" --max_length 1024 "${REAL[@]}" \
+      --untuned_prompts prompts/fr.txt prompts/en.txt --submissions untuned adapter ;;
+    # Chosen by validation on a CPU (tests/benchmarks/README.md), at the full size.
+    best) part best python tests/benchmarks/real_data.py --model "$SMOLLM2" --data_dir "$INF582" \
+      --output_dir "$OUT/best" --config_file "$CONFIG" --max_length 768 "${REAL[@]}" \
+      --untuned_prompts --num_beams 4 --submissions adapter beams -- --lora_alpha 64 \
+      --lora_dropout 0 --learning_rate 5e-4 --base_weights nf4-bf16 --num_train_epochs 3 ;;
     *) echo "no part is called $name" >&2; exit 2 ;;
   esac
 done

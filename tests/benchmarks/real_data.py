@@ -5,9 +5,11 @@
 
 Train, infer without fine-tuning, with the adapter, merge into either base, infer merged, score:
 each the script itself, through `accelerate launch`, timed from outside. What follows `--` goes to
-train.py. With `--run_dir`, a run that is there is measured, from the adapter on. The
-record (figures, times, peak memory, versions, commands) is `record.json` in the output folder;
-copy it to tests/benchmarks/results/. Articles and titles stay out of it.
+train.py. With `--run_dir`, a run that is there (or one of its checkpoints) is measured, from the
+adapter on. `--submissions` writes titles for the challenge's test articles too, which score.py
+has nothing to compare with. The record (figures, times, peak memory, versions, commands) is
+`record.json` in the output folder; copy it to tests/benchmarks/results/. Articles and titles stay
+out of it.
 """
 
 import argparse
@@ -33,10 +35,14 @@ def parse_args():
     parser.add_argument("--model", required=True, help="folder of the base")
     parser.add_argument("--data_dir", required=True, help="with train.csv.gz, validation.csv.gz")
     parser.add_argument("--output_dir", required=True, help="new folder")
-    parser.add_argument("--run_dir", help="of train.py; no training, nothing without fine-tuning")
+    parser.add_argument("--run_dir", help="of train.py, instead of training")
     parser.add_argument("--train_rows", type=int, help="the first so many (default: all)")
     parser.add_argument("--validation_rows", type=int, help="the first so many (default: all)")
     parser.add_argument("--prompt_file", default=str(ROOT / "prompts/fr.txt"))
+    parser.add_argument("--untuned_prompts", nargs="*", help="without fine-tuning (default: that)")
+    parser.add_argument("--num_beams", type=int, help="with the adapter, beside greedy titles")
+    parser.add_argument("--bases", nargs="*", default=BASES, choices=BASES, help="to merge into")
+    parser.add_argument("--submissions", nargs="*", default=(), help="of untuned, adapter, beams")
     parser.add_argument("--max_length", default="768")
     parser.add_argument("--config_file", default=str(ROOT / "accelerate_configs/cpu.yaml"))
     parser.add_argument("train_options", nargs="*", help="after --, for train.py")
@@ -53,28 +59,38 @@ def main():
         take(Path(args.data_dir, "train.csv.gz"), train, args.train_rows)
     take(Path(args.data_dir, "validation.csv.gz"), validation, args.validation_rows)
 
-    prompt = ("--prompt_file", args.prompt_file, "--max_length", args.max_length)
-    model = ("--model_name_or_path", args.model)
+    model = ("--model_name_or_path", args.model, "--max_length", args.max_length)
     read = ("--input_file", validation)
     run_dir = Path(args.run_dir) if args.run_dir else out / "run"
     run = ("--run_dir", run_dir)
-    first = ["train.py", *model, "--train_file", train, "--output_dir", run_dir, *prompt]
-    steps = {"train": first + args.train_options}
-    predictions = [out / f"{name}.csv" for name in ("untuned", "adapter", *BASES)]
-    steps["infer untuned"] = ["infer.py", *model, *prompt, *read, "--output_file", predictions[0]]
-    if args.run_dir:
-        del steps["train"], steps["infer untuned"], predictions[0]
-    steps["infer adapter"] = ["infer.py", *run, *read, "--output_file", out / "adapter.csv"]
-    for base in BASES:
+    if run_dir.parent.name == "checkpoints":  # whose settings and curves are the run's
+        run_dir = run_dir.parents[1]
+    steps, ways = {}, {}  # what to run, and the options of infer.py by system
+    if not args.run_dir:
+        steps["train"] = ["train.py", *model, "--train_file", train, "--output_dir", run_dir]
+        steps["train"] += ["--prompt_file", args.prompt_file, *args.train_options]
+    untuned = [args.prompt_file] if args.untuned_prompts is None else args.untuned_prompts
+    for number, file in enumerate(untuned):
+        name = f"untuned_{Path(file).stem}" if number else "untuned"
+        ways[name] = [*model, "--prompt_file", file]
+    ways["adapter"] = [*run]
+    if args.num_beams:
+        ways["beams"] = [*run, "--num_beams", args.num_beams]
+    for base in args.bases:
         folder = out / f"{base}-model"
+        ways[base] = ["--run_dir", folder]
         merge = ["merge.py", *run, "--output_dir", folder, "--check_file", validation]
         steps[f"merge {base}"] = [*merge, "--base", base]
-        output = ("--output_file", out / f"{base}.csv")
-        steps[f"infer {base}"] = ["infer.py", "--run_dir", folder, *read, *output]
+    for name, way in ways.items():
+        steps[f"infer {name}"] = ["infer.py", *way, *read, "--output_file", out / f"{name}.csv"]
     steps["score"] = ["score.py", "--references", validation, "--output_dir", out / "scores"]
-    steps["score"] += ["--predictions", *predictions, "--baselines", "lead1", "first40"]
-    steps["score"] += ["ext-oracle", "--compare_to", "adapter"]
-    steps["score"] += ["--runs", run_dir, *(out / f"{base}-model" for base in BASES)]
+    steps["score"] += ["--predictions", *(out / f"{name}.csv" for name in ways), "--baselines"]
+    steps["score"] += ["lead1", "first40", "ext-oracle", "--compare_to", "adapter"]
+    steps["score"] += ["--runs", run_dir, *(out / f"{base}-model" for base in args.bases)]
+    for name in args.submissions:
+        test = ("--input_file", Path(args.data_dir, "test_text.csv.gz"))
+        output = ("--output_file", out / f"inf582_test_submission_{name}.csv")
+        steps[f"submit {name}"] = ["infer.py", *ways[name], *test, *output]
     record = {
         "machine": machine(),
         "command": " ".join(["python", "tests/benchmarks/real_data.py", *sys.argv[1:]]),
@@ -85,7 +101,7 @@ def main():
         record["steps"][name] = timed(args.config_file, script, argv)
         run_config = json.loads((run_dir / "run_config.json").read_text())
         record |= {key: run_config[key] for key in ("versions", "commit", "arguments")}
-        if (merged := out / f"{BASES[0]}-model/run_config.json").is_file():
+        for merged in out.glob("*-model/run_config.json"):
             record["merge_check"] = json.loads(merged.read_text())["merge_check"]  # of both bases
         if (out / "scores/scores.json").is_file():
             record["scores"] = json.loads((out / "scores/scores.json").read_text())
@@ -94,7 +110,7 @@ def main():
         ]
         (out / "record.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     for name, step in record["steps"].items():
-        print(f"{name:14} {step['seconds']:8,.0f} s  {step['peak_rss_gib']:5.1f} GiB resident")
+        print(f"{name:18} {step['seconds']:8,.0f} s  {step['peak_rss_gib']:5.1f} GiB resident")
 
 
 def take(source: Path, target: Path, rows: int | None) -> None:
