@@ -24,7 +24,7 @@ ACCELERATE_CONFIG="${ACCELERATE_CONFIG:-accelerate_configs/cpu.yaml}"  # the mac
 DEMO="${DEMO:-demo}"                          # folder of the demo
 MODEL="${MODEL:-$DEMO/model}"                 # the base of the run
 PROMPT_FILE="${PROMPT_FILE:-prompts/fr.txt}"  # for the base without fine-tuning
-RUN_DIR="${RUN_DIR:-}"                        # what run_train.sh wrote
+RUN_DIR="${RUN_DIR:-}"                        # what run_train.sh wrote, or a checkpoint in it
 INPUT_FILE="${INPUT_FILE:-}"                  # articles
 REFERENCES="${REFERENCES:-}"                  # their true titles; empty: a report without scores
 OUTPUT_DIR="${OUTPUT_DIR:-}"                  # where titles, merged model and scores go
@@ -56,5 +56,5 @@ python scripts/merge.py --run_dir "$RUN_DIR" --output_dir "$OUTPUT_DIR/merged"
 infer merged --run_dir "$OUTPUT_DIR/merged" "$@"
 NAMES="$(grep -oE -- '--(text|id)_column[ =][^ ]+' <<< "$*" || true)"  # of columns, for both
 python scripts/score.py ${REFERENCES:+--references "$REFERENCES"} --articles "$INPUT_FILE" \
-  --predictions "$OUTPUT_DIR"/{untuned,adapter,merged}.csv --runs "$RUN_DIR" "$OUTPUT_DIR/merged" \
+  --predictions "$OUTPUT_DIR"/{untuned,adapter,merged}.csv --runs "${RUN_DIR%/checkpoints/*}" "$OUTPUT_DIR/merged" \
   --baselines lead1 first40 ${REFERENCES:+ext-oracle} $NAMES --output_dir "$OUTPUT_DIR"

@@ -5,7 +5,6 @@ state.json holds the hashes of its files and one of itself, so that a damaged on
 There are no random states in it: order and dropout are functions of (seed, update, process).
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,15 +21,19 @@ from run_folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     METRICS,
+    OPTIMIZER,
     RUN_CONFIG,
+    STATE,
     check_output_dir,
+    checkpoint_folder,
     file_sha256,
     flush,
     read_run_config,
+    read_state,
+    sealed,
     write_json,
 )
 
-OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 UNFINISHED, ASIDE = ".tmp", ".aside"  # endings of folders that are no checkpoints
 
 
@@ -88,7 +91,7 @@ def save_checkpoint(output_dir: Path, model, optimizer, state: dict) -> None:
         _save_tensors(moments, temporary / OPTIMIZER)
         with writing(final):
             files = {name: file_sha256(temporary / name) for name in (ADAPTER_WEIGHTS, OPTIMIZER)}
-            write_json(temporary / STATE, _sealed(state | {"optimizer": numbers, "files": files}))
+            write_json(temporary / STATE, sealed(state | {"optimizer": numbers, "files": files}))
             for path in (*temporary.iterdir(), temporary):
                 flush(path)
             replaced = final.with_name(final.name + ".old" + UNFINISHED)
@@ -112,7 +115,7 @@ def record_evaluation(output_dir: Path, state: dict, save_total_limit: int | Non
     newest = checkpoint_folder(output_dir, state["completed_steps"])
     with writing(newest / STATE):
         content = json.loads((newest / STATE).read_text(encoding="utf-8"))
-        write_json(newest / STATE, _sealed(content | state))
+        write_json(newest / STATE, sealed(content | state))
     rotate_checkpoints(output_dir, state["best_step"], save_total_limit)
 
 
@@ -173,32 +176,6 @@ def find_checkpoint(args, run_config: dict) -> Path | None:
         return checkpoint
     note("resuming from the start, for there is no whole checkpoint yet")
     return None
-
-
-def read_state(checkpoint: Path) -> dict:
-    """Return the content of a checkpoint's state.json, having checked all of its files.
-
-    Raises:
-        UserError: one is missing, torn, or not what was written.
-    """
-    try:
-        content = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or _sealed(content) != content:
-            raise ValueError(f"{STATE} was changed")
-        if checkpoint.name != checkpoint_folder(Path(), content["completed_steps"]).name:
-            raise ValueError(f"{STATE} is that of update {content['completed_steps']}")
-        if content["best_step"] is not None:  # it names a folder
-            checkpoint_folder(Path(), content["best_step"])
-        for name in (ADAPTER_WEIGHTS, OPTIMIZER):
-            if file_sha256(checkpoint / name) != content["files"][name]:
-                raise ValueError(f"{name} is torn or was changed")
-    except OSError as error:
-        problem = f"{Path(error.filename).name}: {error.strerror}"
-    except (ValueError, TypeError, KeyError) as error:
-        problem = str(error)
-    else:
-        return content
-    raise UserError(checkpoint, f"damaged checkpoint ({problem})", "give another one")
 
 
 def load_checkpoint(checkpoint: Path, model, optimizer) -> dict:
@@ -319,10 +296,6 @@ def save_adapter(model, state: dict, peak: int, output_dir: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def checkpoint_folder(output_dir: Path, step: int) -> Path:
-    return output_dir / "checkpoints" / f"step-{step:06d}"
-
-
 def _checkpoints(output_dir: Path) -> list[Path]:
     """Return the folders of complete checkpoints, oldest first."""
     folders = (output_dir / "checkpoints").glob("step-*")
@@ -343,13 +316,6 @@ def _differences(recorded: dict, current: dict) -> list[str]:
     for which, record in ((before, recorded), (after, current)):
         which["data"] = {split: file["sha256"] for split, file in record["data"].items()}
     return [f"{k} {before.get(k)!r}, now {v!r}" for k, v in after.items() if before.get(k) != v]
-
-
-def _sealed(content: dict) -> dict:
-    """Return the content of a state.json with the hash of all else in it."""
-    content = {name: value for name, value in content.items() if name != "sha256"}
-    text = json.dumps(content, sort_keys=True)
-    return content | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def _trainable(model):

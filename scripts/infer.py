@@ -4,9 +4,9 @@
         --run_dir runs/titles --input_file test.csv --output_file predictions.csv
     python scripts/infer.py --run_dir runs/titles < article.txt
 
-`--run_dir` takes the folder of train.py (adapter on the 4-bit base) or of merge.py. With
-`--model_name_or_path` and `--prompt_file` instead, any causal LM answers as it is. Without a file,
-the title of one article, of `--text` or of standard input, goes to standard output.
+`--run_dir` takes the folder of train.py (adapter on the 4-bit base), a checkpoint in it, or that of
+merge.py. With `--model_name_or_path` and `--prompt_file` instead, any causal LM answers as it is.
+Without a file, the title of one article, of `--text` or of standard input, is printed.
 """
 
 import argparse
@@ -36,6 +36,7 @@ from run_folder import (
     check_model_folder,
     commit,
     file_sha256,
+    find_run,
     locked,
     model_fingerprint,
     note_override,
@@ -92,7 +93,7 @@ def parse_args(argv=None):
     )
     flag = argparse.BooleanOptionalAction
     add = parser.add_argument_group("model").add_argument
-    add("--run_dir", help="folder of train.py or merge.py, which says all that follows here")
+    add("--run_dir", help="folder of train.py or merge.py, or a checkpoint: says all else here")
     add("--model_name_or_path", help="a model as it is; with --run_dir, where its base lies now")
     add("--prompt_file", help="template with {article} (default: the run's, or prompts/fr.txt)")
     add("--apply_chat_template", action=flag, default=None, help="send it as a user's chat turn")
@@ -172,6 +173,7 @@ def main(argv=None):
         "adapter": source["adapter"],
         "adapter_sha256": source["adapter"]
         and file_sha256(Path(source["adapter"], ADAPTER_WEIGHTS)),
+        "adapter_step": source["adapter_step"],
         "prompt": settings,
         "max_new_tokens": decoding.max_new_tokens,
         "max_batch_tokens": args.max_batch_tokens,  # None: what an earlier start has chosen
@@ -497,11 +499,13 @@ def find_model(args) -> dict:
             "run_dir": None,
             "model": model_name,
             "adapter": None,
+            "adapter_step": None,
             "weights": weights,
             "precision": "fp32" if weights == "fp32" else "bf16",
             "prompt": None,
             "base_fingerprint": None,
         }
+    run_dir, checkpoint = find_run(run_dir)
     run_config = read_run_config(run_dir)
     merged = run_config["kind"] == "merged"
     model = run_dir if merged else run_config["base_model"]
@@ -516,10 +520,7 @@ def find_model(args) -> dict:
         note_override("--model_name_or_path", model_name, model)
         model = model_name
     check_model_folder(model, None if merged or model_name else run_dir)
-    if not merged:
-        if not Path(run_dir, ADAPTER_WEIGHTS).is_file():
-            raise UserError(run_dir, f"no {ADAPTER_WEIGHTS} in it", "let training finish first")
-        check_adapter(run_dir)
+    adapter_step = None if merged else check_adapter(run_dir, checkpoint)
     precision = "bf16" if run_config["arguments"]["mixed_precision"] == "bf16" else "fp32"
     # What nf4 and nf4-bf16 trained on is the same, and the former takes a quarter of the memory.
     plain = merged or run_config["arguments"].get("base_weights") == "bf16"
@@ -527,7 +528,8 @@ def find_model(args) -> dict:
     return {
         "run_dir": run_dir,
         "model": model,
-        "adapter": None if merged else run_dir,
+        "adapter": None if merged else checkpoint or run_dir,
+        "adapter_step": adapter_step,
         "weights": weights,
         "precision": precision if weights in ("nf4", "nf4-bf16") else weights,
         "prompt": run_config["prompt"],
@@ -581,7 +583,7 @@ def same_settings(line: str, record: dict) -> bool:
     Commit and paths may differ: what lies there is compared by its hashes. So may the tokens of a
     batch where the record leaves them open.
     """
-    free = {"commit": None, "model": None, "adapter": None}
+    free = {"commit": None, "model": None, "adapter": None, "adapter_step": None}
     if record.get("max_batch_tokens") is None:
         free["max_batch_tokens"] = None
 

@@ -28,7 +28,6 @@ from hub import check_hub, push
 from model_card import CARD, model_card
 from prompting import PROBE, end_ids, load_tokenizer, prompt_of_run
 from run_folder import (
-    ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     OWN_FILES_ONLY,
     RUN_CONFIG,
@@ -37,8 +36,10 @@ from run_folder import (
     check_model_folder,
     check_output_dir,
     file_sha256,
+    find_run,
     flush,
     note_override,
+    read_adapter_config,
     read_run_config,
     resolve_model_folder,
     versions,
@@ -54,7 +55,7 @@ def parse_args(argv=None):
         usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     add = parser.add_argument_group("model").add_argument
-    add("--run_dir", required=True, help="folder of train.py")
+    add("--run_dir", required=True, help="folder of train.py, or a checkpoint in it")
     add("--model_name_or_path", help="where the base lies now, if not where the run says")
     add("--base", choices=["dequantised", "original"], help="(default: what was trained against)")
     add = parser.add_argument_group("check").add_argument
@@ -74,12 +75,14 @@ def main(argv=None):
 
     # ------------------------------------------------------------------ check all input first
     check_hub(args.push_to_hub)
-    run_config = read_run_config(args.run_dir)
-    if run_config["kind"] != "adapter" or not Path(args.run_dir, ADAPTER_WEIGHTS).is_file():
+    run_dir, checkpoint = find_run(args.run_dir)
+    adapter_dir = checkpoint or run_dir
+    run_config = read_run_config(run_dir)
+    if run_config["kind"] != "adapter":
         raise UserError(args.run_dir, f"no {ADAPTER_WEIGHTS} to merge", "give a folder of train.py")
     model_name = args.model_name_or_path or run_config["base_model"]
-    check_model_folder(model_name, None if args.model_name_or_path else args.run_dir)
-    check_adapter(args.run_dir)
+    check_model_folder(model_name, None if args.model_name_or_path else run_dir)
+    adapter_step = check_adapter(run_dir, checkpoint)
     if model_name != run_config["base_model"]:
         note_override("--model_name_or_path", model_name, run_config["base_model"])
     # The adapter fits the weights that it was trained against; after --base_weights bf16, those
@@ -90,7 +93,7 @@ def main(argv=None):
         raise UserError(
             "--base dequantised", f"{args.run_dir} was not trained in 4 bits", "leave it out"
         )
-    adapter_sha256 = file_sha256(Path(args.run_dir, ADAPTER_WEIGHTS))
+    adapter_sha256 = file_sha256(Path(adapter_dir, ADAPTER_WEIGHTS))
     if is_merged(args.output_dir, adapter_sha256, args.base):
         print(f"{args.output_dir} is there already, made of the same adapter: nothing to do")
         if args.push_to_hub:
@@ -99,8 +102,8 @@ def main(argv=None):
     check_output_dir(args.output_dir)
     texts = check_texts(args, run_config)
     base_folder = resolve_model_folder(model_name)
-    check_base(base_folder, model_name, run_config["base_fingerprint"], args.run_dir)
-    check_fit(base_folder, Path(args.run_dir))
+    check_base(base_folder, model_name, run_config["base_fingerprint"], run_dir)
+    check_fit(base_folder, Path(adapter_dir))
 
     # These take seconds to import, which a complaint about the input should not have to wait for.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of optional kernels not installed
@@ -110,20 +113,19 @@ def main(argv=None):
     from modeling import lora_arguments
 
     try:
-        lora_arguments(args.run_dir)
+        lora_arguments(adapter_dir)
     except ValueError as error:
-        raise UserError(
-            Path(args.run_dir, ADAPTER_CONFIG), str(error), "merge with peft's merge_and_unload"
-        ) from None
+        file, _ = read_adapter_config(adapter_dir)
+        raise UserError(file, str(error), "merge with peft's merge_and_unload") from None
     bf16 = run_config["arguments"]["mixed_precision"] == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
-    tokenizer = load_tokenizer(args.run_dir)
-    prompt = prompt_of_run(tokenizer, run_config["prompt"], args.run_dir)
+    tokenizer = load_tokenizer(run_dir)
+    prompt = prompt_of_run(tokenizer, run_config["prompt"], run_dir)
 
     # ------------------------------------------------------------------ merge under another name
     output_dir = Path(args.output_dir).absolute()
     output_dir.parent.mkdir(parents=True, exist_ok=True)
-    weights = Weights(base_folder, Path(args.run_dir), dtype, nf4)
+    weights = Weights(base_folder, Path(adapter_dir), dtype, nf4)
     with partial_folder(output_dir) as temporary:
         weights.write(temporary, args.base)
         tokenizer.save_pretrained(temporary)
@@ -141,6 +143,7 @@ def main(argv=None):
             "kind": "merged",
             "merged_base": args.base,
             "adapter_sha256": adapter_sha256,
+            "adapter_step": adapter_step,
             "merge_versions": versions(),
         }
         unknown = {name for name, _ in weights.model.named_parameters()} - weights.files.keys()
@@ -188,11 +191,11 @@ def check_fit(base_folder: Path, adapter_dir: Path) -> None:
     Raises:
         UserError: as said.
     """
-    config = json.loads((adapter_dir / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    file, config = read_adapter_config(str(adapter_dir))
     for name in ("use_dora", "fan_in_fan_out", "lora_bias", "modules_to_save"):
         if isinstance(config, dict) and config.get(name):
             raise UserError(
-                adapter_dir / ADAPTER_CONFIG,
+                file,
                 f"{name} is not supported here",
                 "merge with peft's merge_and_unload instead",
             )
@@ -244,7 +247,7 @@ class Weights:
 
     Args:
         base_folder: with safetensors.
-        adapter_dir: a run folder that `check_fit` has passed.
+        adapter_dir: a run folder or a checkpoint that `check_fit` has passed.
         dtype: of all that is computed and written.
         nf4: whether the run trained against weights rounded to NF4.
 
@@ -284,7 +287,7 @@ class Weights:
             rank = lora[f"{self.layers[layer]}.lora_A.weight"][0]
             if rank != lora_rank(self.arguments, layer):
                 raise UserError(
-                    self.adapter_dir / ADAPTER_CONFIG,
+                    read_adapter_config(str(self.adapter_dir))[0],
                     f"says another rank of {layer} than its matrices have",
                     "restore the file",
                 )

@@ -18,7 +18,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging
 
 from exit_codes import UserError, note
-from run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, OWN_FILES_ONLY, first_line
+from run_folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    OWN_FILES_ONLY,
+    RUN_CONFIG,
+    find_run,
+    first_line,
+    read_adapter_config,
+)
 
 # The first is said by plan.py in its own words, the second by PEFT of PEFT's own calls, the third
 # where a base has moved; that it is the right one, its fingerprint has told.
@@ -201,7 +209,7 @@ def keep_gradients_on_cpu(model) -> None:
 
 
 def attach_adapter(base, adapter_dir: str):
-    """Return `base` with the adapter in a folder, frozen and in evaluation mode.
+    """Return `base` with the adapter of a run, or of a checkpoint, frozen and in evaluation mode.
 
     Raises:
         UserError: the folder has no readable adapter, or one made for another base.
@@ -209,9 +217,8 @@ def attach_adapter(base, adapter_dir: str):
     try:
         model = get_peft_model(base, LoraConfig(**lora_arguments(adapter_dir)))
     except (OSError, ValueError, TypeError, RuntimeError) as error:
-        raise UserError(
-            adapter_dir, f"no usable {ADAPTER_CONFIG} ({error})", "give a run folder"
-        ) from None
+        file = RUN_CONFIG if find_run(adapter_dir)[1] else ADAPTER_CONFIG
+        raise UserError(adapter_dir, f"no usable {file} ({error})", "give a run folder") from None
     load_adapter_weights(model, Path(adapter_dir, ADAPTER_WEIGHTS))
     if all(not p.any() for n, p in model.named_parameters() if "lora_B" in n):
         note(f"the adapter in {adapter_dir} changes nothing (every lora_B is zero)")
@@ -253,7 +260,7 @@ def lora_arguments(adapter_dir: str) -> dict:
     Raises:
         ValueError: this is another kind of adapter, or one with other settings.
     """
-    recorded = json.loads(Path(adapter_dir, ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    _, recorded = read_adapter_config(adapter_dir)
     if not isinstance(recorded, dict) or recorded.get("peft_type") != "LORA":
         found = recorded.get("peft_type") if isinstance(recorded, dict) else recorded
         raise ValueError(f"peft_type is {found!r}, not 'LORA'")
@@ -282,7 +289,10 @@ def lora_arguments(adapter_dir: str) -> dict:
         raise ValueError(f"lora_alpha is {alpha!r}, not a number")
     if type(recorded.get("use_rslora", False)) is not bool:
         raise ValueError(f"use_rslora is {recorded['use_rslora']!r}, not true or false")
-    return {"lora_alpha": alpha} | {name: recorded[name] for name in chosen & recorded.keys()}
+    arguments = {"lora_alpha": alpha} | {name: recorded[name] for name in chosen & recorded.keys()}
+    if targets == ["all-linear"]:  # as train.py records it
+        arguments["target_modules"] = "all-linear"
+    return arguments
 
 
 def lora_rank(arguments: dict, layer: str) -> int:

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -27,6 +28,7 @@ METRICS = "metrics.jsonl"
 LOCK = ".lock"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+OPTIMIZER, STATE = "optimizer.safetensors", "state.json"  # of a checkpoint, beside its adapter
 RECORDED = {"arguments": dict, "prompt": dict, "data": dict}
 RECORDED |= {"kind": str, "base_model": str, "base_fingerprint": str, "articles_per_update": int}
 PROMPT_SETTINGS = {"template": str, "apply_chat_template": bool, "ids_sha256": str}
@@ -106,16 +108,96 @@ def check_safetensors(file: Path) -> None:
         raise UserError(file, f"not whole ({error})", "copy or download it again") from None
 
 
-def check_adapter(run_dir: str) -> None:
-    """Refuse the folder of a run whose adapter is damaged.
+def find_run(name: str) -> tuple[str, str | None]:
+    """Return the folder of a run, and the checkpoint of it that `name` is; None if it is the run's.
+
+    Raises:
+        UserError: it lies among the checkpoints of a run, and is none.
+    """
+    folder = Path(name).resolve()  # the name may be "."
+    run_dir = folder.parent.parent
+    if folder.parent.name != "checkpoints" or not (run_dir / RUN_CONFIG).is_file():
+        return name, None
+    if not (folder.is_dir() and re.fullmatch(r"step-\d+", folder.name)):
+        raise UserError(
+            name, "no whole checkpoint", f"give a folder step-NNNNNN of {folder.parent}"
+        )
+    return str(run_dir), name if Path(name).name == folder.name else str(folder)
+
+
+def check_adapter(run_dir: str, checkpoint: str | None) -> int | None:
+    """Refuse the adapter of a run, or of a checkpoint, that is not there or damaged.
+
+    Returns:
+        The number of updates that made it, if that was recorded.
 
     Raises:
         UserError: as said.
     """
+    if checkpoint:
+        return read_state(Path(checkpoint))["completed_steps"]
+    if not Path(run_dir, ADAPTER_WEIGHTS).is_file():
+        raise UserError(
+            run_dir,
+            f"no {ADAPTER_WEIGHTS} in it",
+            "let training finish first, or give one of its checkpoints",
+        )
     check_safetensors(Path(run_dir, ADAPTER_WEIGHTS))
     if not Path(run_dir, ADAPTER_CONFIG).is_file():
         raise UserError(run_dir, f"no {ADAPTER_CONFIG} in it", "restore the file")
     _read_json(Path(run_dir, ADAPTER_CONFIG))
+    return read_run_config(run_dir).get("adapter_step")
+
+
+def read_adapter_config(adapter_dir: str) -> tuple[Path, dict]:
+    """Return what PEFT, or for a checkpoint the record of its run, says of an adapter; in PEFT's
+    words, after the file that says it."""
+    run_dir, checkpoint = find_run(adapter_dir)
+    if checkpoint is None:
+        file = Path(adapter_dir, ADAPTER_CONFIG)
+        return file, json.loads(file.read_text(encoding="utf-8"))
+    names = {"r": "lora_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
+    names |= {"target_modules": "target_modules"}
+    arguments = read_run_config(run_dir)["arguments"]
+    config = {name: arguments.get(argument) for name, argument in names.items()}
+    return Path(run_dir, RUN_CONFIG), {"peft_type": "LORA", "task_type": "CAUSAL_LM"} | config
+
+
+def checkpoint_folder(output_dir: Path, step: int) -> Path:
+    return output_dir / "checkpoints" / f"step-{step:06d}"
+
+
+def read_state(checkpoint: Path) -> dict:
+    """Return the content of a checkpoint's state.json, having checked all of its files.
+
+    Raises:
+        UserError: one is missing, torn, or not what was written.
+    """
+    try:
+        content = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or sealed(content) != content:
+            raise ValueError(f"{STATE} was changed")
+        if checkpoint.name != checkpoint_folder(Path(), content["completed_steps"]).name:
+            raise ValueError(f"{STATE} is that of update {content['completed_steps']}")
+        if content["best_step"] is not None:  # it names a folder
+            checkpoint_folder(Path(), content["best_step"])
+        for name in (ADAPTER_WEIGHTS, OPTIMIZER):
+            if file_sha256(checkpoint / name) != content["files"][name]:
+                raise ValueError(f"{name} is torn or was changed")
+    except OSError as error:
+        problem = f"{Path(error.filename).name}: {error.strerror}"
+    except (ValueError, TypeError, KeyError) as error:
+        problem = str(error)
+    else:
+        return content
+    raise UserError(checkpoint, f"damaged checkpoint ({problem})", "give another one")
+
+
+def sealed(content: dict) -> dict:
+    """Return the content of a state.json with the hash of all else in it."""
+    content = {name: value for name, value in content.items() if name != "sha256"}
+    text = json.dumps(content, sort_keys=True)
+    return content | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def check_links(paths: Iterable[Path]) -> None:

@@ -457,7 +457,8 @@ RUNS = {
         files={"run/run_config.json": '{"kind": "adapter"}'},
     ),
     "unfinished run": infer(
-        "error: run: no adapter_model.safetensors in it; let training finish first",
+        "error: run: no adapter_model.safetensors in it; let training finish first, or give one of "
+        "its checkpoints",
         files={"run/adapter_model.safetensors": None},
     ),
     "truncated adapter": infer(

@@ -200,7 +200,7 @@ def run_dir(tmp_path):
             files[file] = checkpoints.file_sha256(checkpoint / file)
         state = checkpoints.first_state() | {"files": files, "optimizer": {}}
         state["completed_steps"] = int(name[5:11])
-        write_json(checkpoint / "state.json", checkpoints._sealed(state))
+        write_json(checkpoint / "state.json", checkpoints.sealed(state))
     write_json(folder / RUN_CONFIG, RECORD)
     return folder
 

@@ -608,13 +608,13 @@ def test_the_name_of_a_row_is_no_path(news, tmp_path):
 )
 def test_the_numbers_of_a_checkpoint_are_no_paths(trained, tmp_path, change):
     """Not even where whoever changed them has sealed them again."""
-    from checkpoints import _sealed, read_state
+    from checkpoints import read_state, sealed
 
     source = max((trained / "checkpoints").iterdir())
     checkpoint = shutil.copytree(source, tmp_path / source.name)
     read_state(checkpoint)
     state = json.loads((checkpoint / "state.json").read_text())
-    (checkpoint / "state.json").write_text(json.dumps(_sealed(state | change)))
+    (checkpoint / "state.json").write_text(json.dumps(sealed(state | change)))
     with pytest.raises(UserError, match="damaged checkpoint"):
         read_state(checkpoint)
 

@@ -460,6 +460,97 @@ def test_another_commit_may_go_on(predicted, trained, news, tmp_path, monkeypatc
     assert "going on after 1 titles" in capsys.readouterr().out
 
 
+# ---------------------------------------------------------------------- from a checkpoint
+
+
+@pytest.fixture
+def stopped(trained, tmp_path):
+    """A run as it lies there before its end: without an adapter of its own."""
+    run_dir = tmp_path / "run"
+    own = ("adapter_model.safetensors", "adapter_config.json", "README.md")
+    shutil.copytree(trained, run_dir, ignore=lambda d, _: own if d == str(trained) else ())
+    run_config = json.loads((run_dir / "run_config.json").read_text())
+    del run_config["adapter_step"]
+    (run_dir / "run_config.json").write_text(json.dumps(run_config))
+    return run_dir
+
+
+def test_a_checkpoint_of_a_stopped_run_is_an_adapter(
+    predicted, trained, stopped, news, tmp_path, monkeypatch
+):
+    steps = sorted(path.name for path in (stopped / "checkpoints").iterdir())
+    assert steps == ["step-000003", "step-000006"]
+    step = json.loads((trained / "run_config.json").read_text())["adapter_step"]
+    found = {}
+    for name in steps:
+        arguments = args_for(news, tmp_path / f"{name}.csv")
+        call(infer.main, "--run_dir", stopped / "checkpoints" / name, *arguments)
+        record, found[name] = details(tmp_path / f"{name}.jsonl")
+        assert record["adapter"] == str(stopped / "checkpoints" / name)
+        assert record["adapter_step"] == int(name[5:])
+    assert details(predicted / "adapter.jsonl")[0]["adapter_step"] == step
+    assert found[f"step-{step:06d}"] == details(predicted / "adapter.jsonl")[1]
+    assert found[steps[0]] != found[steps[1]]
+    monkeypatch.chdir(stopped / "checkpoints" / steps[0])  # by a path without its name
+    call(infer.main, "--run_dir", ".", *args_for(news, tmp_path / "again.csv"))
+    record, again = details(tmp_path / "again.jsonl")
+    assert (record["adapter_step"], again) == (3, found[steps[0]])
+
+
+def test_a_checkpoint_has_the_settings_of_its_runs_adapter(trained):
+    from modeling import lora_arguments
+
+    ours = lora_arguments(str(trained / "checkpoints/step-000003"))
+    pefts = lora_arguments(str(trained))
+    assert ours["target_modules"] == "all-linear"
+    for name in ("r", "lora_alpha", "lora_dropout", "task_type"):
+        assert ours[name] == pefts[name]
+
+
+def tear(checkpoint):
+    with (checkpoint / "adapter_model.safetensors").open("r+b") as stream:
+        stream.seek(-1, 2)
+        stream.write(b"\x55")
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("step-000003", tear, "damaged checkpoint (adapter_model.safetensors is torn or was"),
+        ("step-000003", lambda c: (c / "state.json").unlink(), "damaged checkpoint (state.json: N"),
+        ("step-000004", lambda c: c.with_name("step-000003").rename(c), "damaged checkpoint (stat"),
+        ("step-000003.tmp", lambda c: c.mkdir(), "no whole checkpoint; give a folder step-NNNNNN"),
+        ("step-000009", lambda c: None, "no whole checkpoint; give a folder step-NNNNNN of "),
+    ],
+)
+def test_a_checkpoint_that_is_not_whole_is_refused(stopped, news, tmp_path, name, damage, message):
+    checkpoint = stopped / "checkpoints" / name
+    damage(checkpoint)
+    with pytest.raises(UserError) as error:
+        call(infer.main, "--run_dir", checkpoint, *args_for(news, tmp_path / "out.csv"))
+    assert str(error.value).startswith(f"{checkpoint}: {message}")
+    assert not (tmp_path / "out.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lora_r": "4"}, "no usable run_config.json"),
+        ({"lora_alpha": None}, "lora_alpha is None, not a number"),
+        ({"target_modules": ".*"}, "target_modules is '.*', not a list of names"),
+        ({"lora_r": 5}, "does not fit this base"),
+    ],
+)
+def test_a_checkpoint_of_a_damaged_record_is_refused(stopped, news, tmp_path, change, message):
+    run_config = json.loads((stopped / "run_config.json").read_text())
+    run_config["arguments"] |= change
+    (stopped / "run_config.json").write_text(json.dumps(run_config))
+    arguments = args_for(news, tmp_path / "out.csv")
+    with pytest.raises(UserError) as error:
+        call(infer.main, "--run_dir", stopped / "checkpoints/step-000003", *arguments)
+    assert message in str(error.value)
+
+
 # ---------------------------------------------------------------------- as a user runs it
 
 
@@ -486,6 +577,11 @@ def test_rows_without_ids_count_from_0(trained, news, tmp_path):
         (
             ["--run_dir", "{tmp}"],
             "error: {tmp}: no run_config.json in it; give the output folder of train.py",
+        ),
+        (
+            ["--run_dir", "{trained}/checkpoints/step-000009"],
+            "error: {trained}/checkpoints/step-000009: no whole checkpoint; give a folder "
+            "step-NNNNNN of {trained}/checkpoints",
         ),
         (
             ["--input_file", "none.csv"],
@@ -517,10 +613,10 @@ def test_rows_without_ids_count_from_0(trained, news, tmp_path):
 def test_bad_input_is_one_line_and_exit_code_2(
     run_script, trained, news, tmp_path, change, message
 ):
-    change = [part.format(tmp=tmp_path) for part in change]
+    change = [part.format(tmp=tmp_path, trained=trained) for part in change]
     arguments = ("--run_dir", trained, *args_for(news, tmp_path / "out.csv", *change))
     result = run_script("infer.py", *arguments, code=2, cwd=tmp_path)
-    assert result.stderr == message.format(tmp=tmp_path, news=news) + "\n"
+    assert result.stderr == message.format(tmp=tmp_path, news=news, trained=trained) + "\n"
     assert result.stdout == ""
     assert not list(tmp_path.iterdir())
 
@@ -532,5 +628,6 @@ def test_an_unfinished_run_has_no_adapter_yet(run_script, trained, news, tmp_pat
     arguments = ("--run_dir", run_dir, *args_for(news, tmp_path / "out.csv"))
     result = run_script("infer.py", *arguments, code=2)
     assert result.stderr == (
-        f"error: {run_dir}: no adapter_model.safetensors in it; let training finish first\n"
+        f"error: {run_dir}: no adapter_model.safetensors in it; let training finish first, or give "
+        "one of its checkpoints\n"
     )

@@ -504,6 +504,24 @@ def test_a_folder_beside_is_never_touched(run_dir, tmp_path):
     assert (tmp_path / "m.tmp/mine").read_text() == "kept"
 
 
+def test_a_checkpoint_is_merged_as_the_run_would_be(run_dir, merged, tmp_path):
+    step = json.loads((run_dir / "run_config.json").read_text())["adapter_step"]
+    steps = sorted(int(path.name[5:]) for path in (run_dir / "checkpoints").iterdir())
+    other = next(s for s in steps if s != step)
+    for which in (step, other):
+        checkpoint = run_dir / f"checkpoints/step-{which:06d}"
+        output = ("--output_dir", tmp_path / str(which), "--base", "dequantised")
+        call(merge.main, "--run_dir", checkpoint, *output)
+        record = json.loads((tmp_path / f"{which}/run_config.json").read_text())
+        assert (record["kind"], record["adapter_step"]) == ("merged", which)
+        assert record["merge_check"]["relative_difference"] < 0.03
+        assert f"After update {which};" in (tmp_path / f"{which}/README.md").read_text()
+    files = [tmp_path / str(step), tmp_path / str(other), merged / "dequantised"]
+    same, changed, expected = (load_file(folder / "model.safetensors") for folder in files)
+    assert all(torch.equal(same[name], expected[name]) for name in expected)
+    assert not all(torch.equal(changed[name], expected[name]) for name in expected)
+
+
 def test_through_accelerate_launch(run_script, run_dir, tmp_path):
     arguments = ("--run_dir", run_dir, "--output_dir", tmp_path / "m")
     result = run_script("merge.py", *arguments, launch=True, cwd=tmp_path)
