@@ -150,7 +150,7 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop):
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of optional kernels not installed
     import torch
     from accelerate import Accelerator
-    from accelerate.utils import set_seed, tqdm
+    from accelerate.utils import broadcast_object_list, set_seed, tqdm
     from bitsandbytes.optim import PagedAdamW32bit
     from peft import LoraConfig, get_peft_model
     from torch.optim import AdamW
@@ -185,13 +185,14 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop):
     # this variable would make it do behind the script's back.
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
     output_dir = Path(args.output_dir)
+    plugin = fsdp_plugin()  # None, unless the config of `accelerate launch` has FSDP
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=output_dir / "trackers",
-        fsdp_plugin=(plugin := fsdp_plugin()),
+        fsdp_plugin=plugin,
     )
-    sharded = turn_on(accelerator, plugin)  # FSDP, where the config of `accelerate launch` has it
+    sharded = turn_on(accelerator, plugin)
     torch.backends.cuda.matmul.fp32_precision = "tf32"  # for what stays in fp32
 
     # ------------------------------------------------------------------ articles
@@ -229,6 +230,7 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop):
     micro_batch = largest_micro_batch(lengths, args, accelerator.num_processes, num_training_steps)
     shards = accelerator.num_processes if sharded else 1
     memory = plan_memory(base, lora_config, args, accelerator.device, micro_batch, shards)
+    [memory] = broadcast_object_list([memory])  # others may have seen other free memory
     run_config["memory"] = memory
     plan = describe_plan(
         args, accelerator, base, lora_config, prompt, checked, lengths, schedule, memory
