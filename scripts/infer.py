@@ -44,6 +44,7 @@ from run_folder import (
     resolve_model_folder,
     versions,
 )
+from sharding import check_config
 from stopping import StopRequest
 
 WINDOW = 2048  # articles that are sorted by length together; bounds what is kept in memory
@@ -190,6 +191,7 @@ def main(argv=None):
         print(f"{args.output_file} is there already, made with the same settings: nothing to do")
         return None
     check_devices()
+    check_config()
     prompt = make_prompt(source, base_folder, settings)
 
     lock = output_file.with_suffix(".lock")

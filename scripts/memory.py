@@ -22,6 +22,7 @@ from machine import free_memory
 from modeling import checkpoint_layers, decoder_linears, keep_input_dtype
 from packing import PACKED
 from prompting import Example
+from sharding import layers_of
 
 WAYS = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}  # QLoRA paper, figure 1
 # Bytes per weight of NF4 with double quantization: blocks of 64, then of 256 (QLoRA, section 3).
@@ -36,7 +37,7 @@ UNTUNED_HOLES = 1.6  # where glibc is not told what scripts/launch.sh tells it
 
 
 def plan_memory(
-    base, lora_config, args, device: torch.device, micro_batch: tuple[int, int]
+    base, lora_config, args, device: torch.device, micro_batch: tuple[int, int], shards: int = 1
 ) -> dict:
     """Return which layers to checkpoint, and what training will take, for run_config.json.
 
@@ -46,6 +47,7 @@ def plan_memory(
         args: of train.py.
         device: where the run is going to be.
         micro_batch: tokens, and title tokens among them, of its largest micro-batch.
+        shards: processes that the model is spread over; what is told is that of each.
 
     Returns:
         `checkpointed_every`: N for every Nth layer, 0 for none; as asked for, or the least with
@@ -55,7 +57,7 @@ def plan_memory(
     """
 
     def peak(way: str, every: int) -> int | None:
-        return expected_peak(base, lora_config, args, device, micro_batch, way, every)
+        return expected_peak(base, lora_config, args, device, micro_batch, way, every, shards)
 
     way = "qlora" if args.base_weights == "nf4" else "lora"  # dequantized, it is as large as that
     asked = args.activation_checkpointing
@@ -65,12 +67,12 @@ def plan_memory(
         if found is not None and found < 0.9 * free_memory(device):
             break
     estimate = {other: found if other == way else peak(other, every) for other in WAYS}
-    record = {"device": device.type, "checkpointed_every": every}
+    record = {"device": device.type, "shards": shards, "checkpointed_every": every}
     return record | {"estimate": estimate, "this_run": found}
 
 
 def expected_peak(
-    base, lora_config, args, device, micro_batch: tuple[int, int], way: str, every: int
+    base, lora_config, args, device, micro_batch, way: str, every: int, shards: int = 1
 ) -> int | None:
     """Return the bytes that training in one of WAYS takes at its peak; see `plan_memory`.
 
@@ -88,7 +90,7 @@ def expected_peak(
                 model = get_peft_model(model, lora_config)
                 keep_input_dtype(model)
             checkpoint_layers(model, every)
-            in_use = _peak_in_use(model.train(), args, kind, micro_batch)
+            in_use = _peak_in_use(model.train(), args, kind, micro_batch, shards)
         except Exception:  # whatever a model does that cannot be done without content
             continue
         fixed = sum(p.nbytes + MOMENTS * p.requires_grad * p.numel() for p in model.parameters())
@@ -96,6 +98,8 @@ def expected_peak(
             for layer in decoder_linears(base).values():
                 fixed -= (layer.weight.itemsize - NF4_BYTES) * layer.weight.numel()
             in_use += 2 * largest * base.dtype.itemsize  # dequantized for a product, by two steps
+        if shards > 1:
+            fixed = _per_shard(model, way, shards)
         if device.type == "cpu":
             tuned = "tcache_count=0" in os.environ.get("GLIBC_TUNABLES", "")
             return int(CPU_EXTRA + fixed + (HOLES if tuned else UNTUNED_HOLES) * in_use)
@@ -103,9 +107,41 @@ def expected_peak(
     return None
 
 
-def _peak_in_use(model, args, kind: str, micro_batch: tuple[int, int]) -> int:
-    """Return the bytes beside the weights that live at a time, in a forward and backward pass."""
+def _per_shard(model, way: str, shards: int) -> float:
+    """Return the bytes beside activations that one process has under FSDP.
+
+    Its share of weights, gradients and moments; the scales of 4-bit blocks, which are not sharded;
+    two layers put together, for the next is fetched while one is at work, with gradients on their
+    way; and all that is in no layer, such as embeddings and head.
+    """
+    head = model.get_output_embeddings()
+
+    def sizes(module) -> tuple[float, float, int]:
+        """Return the bytes of weights that are sharded, of scales, and the number that trains."""
+        parameters = list(module.parameters())
+        size, scales = sum(p.nbytes for p in parameters), 0.0
+        for layer in module.modules() if way == "qlora" else ():
+            frozen = isinstance(layer, torch.nn.Linear) and not layer.weight.requires_grad
+            if frozen and layer is not head:
+                size -= (layer.weight.itemsize - 0.5) * layer.weight.numel()
+                scales += (NF4_BYTES - 0.5) * layer.weight.numel()
+        return size, scales, sum(p.numel() for p in parameters if p.requires_grad)
+
+    size, scales, trained = sizes(model)
+    layers = [sizes(layer) for layer in layers_of(model)]
+    together = 2 * max(s + 4 * t for s, _, t in layers) + size - sum(s for s, _, _ in layers)
+    return (size + (4 + MOMENTS) * trained) / shards + scales + together
+
+
+def _peak_in_use(model, args, kind: str, micro_batch: tuple[int, int], shards: int) -> int:
+    """Return the bytes beside the weights that live at a time, in a forward and backward pass.
+
+    Without gradients where there are `shards` of them.
+    """
     tokens, titles = micro_batch
+    if shards > 1:
+        for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     with FakeTensorMode(allow_non_fake_inputs=True):  # those on meta, until they are moved
         model.to_empty(device=kind)
         batch = pack([Example([0] * tokens, tokens - titles, False)], torch.device(kind))

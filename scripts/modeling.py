@@ -37,17 +37,23 @@ if not sys.stderr.isatty():  # in a log, the bar of loading would stand before a
     logging.disable_progress_bar()
 
 
-def nf4_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Return the QLoRA paper's 4-bit storage: NF4 with double quantization (section 3)."""
+def nf4_config(compute_dtype: torch.dtype, shardable: bool) -> BitsAndBytesConfig:
+    """Return the QLoRA paper's 4-bit storage: NF4 with double quantization (section 3).
+
+    If `shardable`, the same bytes pass for numbers in bf16: FSDP shards floating point alone.
+    """
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_quant_storage=torch.bfloat16 if shardable else torch.uint8,
     )
 
 
-def load_base(folder: str, device: torch.device, dtype: torch.dtype, nf4: bool):
+def load_base(
+    folder: str, device: torch.device, dtype: torch.dtype, nf4: bool, shardable: bool = False
+):
     """Return the frozen base in evaluation mode on one device.
 
     Args:
@@ -55,14 +61,16 @@ def load_base(folder: str, device: torch.device, dtype: torch.dtype, nf4: bool):
         device: where all of it goes (never "auto": one process, one device).
         dtype: of all that is not 4-bit, and of the products with 4-bit weights.
         nf4: store the decoder's linear layers in NF4; embeddings, norms and head stay in `dtype`.
+        shardable: in main memory, whatever the device, from where FSDP takes a layer at a time: the
+            device may have no room for all of them.
     """
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             output_loading_info=True,
             dtype=dtype,
-            device_map={"": device},
-            quantization_config=nf4_config(dtype) if nf4 else None,
+            device_map={"": "cpu" if shardable else device},
+            quantization_config=nf4_config(dtype, shardable) if nf4 else None,
             use_safetensors=True,
             **OWN_FILES_ONLY,
         )

@@ -102,11 +102,20 @@ def describe_plan(
         f"({trainable / parameters:.2%}); base {BASES[args.base_weights]}",
         "precision": ("bf16 autocast" if args.mixed_precision == "bf16" else "fp32")
         + f", adapter in fp32, on {device.type}",
-        "optimizer": "PagedAdamW32bit, "
-        + ("paged" if device.type == "cuda" else "unpaged: there is no GPU to page from"),
+        "optimizer": _describe_optimizer(accelerator),
         "memory": _describe_memory(memory),
     }
     return "\n".join(f"{name:10} {text}" for name, text in lines.items())
+
+
+def _describe_optimizer(accelerator) -> str:
+    if accelerator.distributed_type == "FSDP":
+        return (
+            "torch's AdamW, by the rule of PagedAdamW32bit, which cannot be sharded; its states "
+            f"and all weights are spread over {accelerator.num_processes:,} processes"
+        )
+    on_gpu = accelerator.device.type == "cuda"
+    return f"PagedAdamW32bit, {'paged' if on_gpu else 'unpaged: there is no GPU to page from'}"
 
 
 def _describe_memory(memory: dict) -> str:
@@ -114,10 +123,11 @@ def _describe_memory(memory: dict) -> str:
         return "no peak to tell: this model does not go through without weights"
     every = memory["checkpointed_every"]
     layers = {0: "off", 1: "of every layer"}.get(every, f"of every {every} layers")
+    each = f" of each of {memory['shards']:,} processes" if memory["shards"] > 1 else ""
     ways = (f"{WAYS[way]} {_gib(peak)}" for way, peak in memory["estimate"].items())
     return (
-        f"about {_gib(memory['this_run'])} expected at the peak, activation checkpointing {layers} "
-        f"({', '.join(ways)})"
+        f"about {_gib(memory['this_run'])} expected at the peak{each}, activation checkpointing "
+        f"{layers} ({', '.join(ways)})"
     )
 
 

@@ -36,6 +36,7 @@ from run_folder import (
     start_run,
     write_run,
 )
+from sharding import check_config
 from stopping import StopRequest
 
 LOGGED_TITLES = 16  # of each evaluation, that a tracker is given as text
@@ -130,6 +131,7 @@ def main(argv=None):
     }
     base_folder = resolve_model_folder(args.model_name_or_path)
     check_devices()
+    check_config()
     tokenizer = load_tokenizer(str(base_folder))
     prompt = Prompt(
         tokenizer, template, args.apply_chat_template, args.max_length, args.max_title_tokens
@@ -148,9 +150,10 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop):
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of optional kernels not installed
     import torch
     from accelerate import Accelerator
-    from accelerate.utils import set_seed, tqdm
+    from accelerate.utils import broadcast_object_list, set_seed, tqdm
     from bitsandbytes.optim import PagedAdamW32bit
     from peft import LoraConfig, get_peft_model
+    from torch.optim import AdamW
 
     from batching import deal, dropout_seed, epoch_order, pack, pad_left
     from checkpoints import (
@@ -175,17 +178,21 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop):
     )
     from packing import use_packed_attention
     from plan import PACE, describe_plan, describe_time, largest_micro_batch, measure_lengths
+    from sharding import Whole, check_layers, fsdp_plugin, shard, turn_on
 
     # ------------------------------------------------------------------ accelerator and seed
     # The update is spelled out below. Accelerate must not count micro-batches of its own, which
     # this variable would make it do behind the script's back.
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
     output_dir = Path(args.output_dir)
+    plugin = fsdp_plugin()  # None, unless the config of `accelerate launch` has FSDP
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=output_dir / "trackers",
+        fsdp_plugin=plugin,
     )
+    sharded = turn_on(accelerator, plugin)
     torch.backends.cuda.matmul.fp32_precision = "tf32"  # for what stays in fp32
 
     # ------------------------------------------------------------------ articles
@@ -211,6 +218,8 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop):
     schedule = (num_training_steps, updates_per_epoch, num_warmup_steps)
     dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
     base = skeleton(str(base_folder), dtype)
+    if sharded:
+        check_layers(base, base_folder)
     lora_config = LoraConfig(
         task_type="CAUSAL_LM",
         r=args.lora_r,
@@ -219,7 +228,9 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop):
         target_modules=check_targets(base, args.target_modules),
     )
     micro_batch = largest_micro_batch(lengths, args, accelerator.num_processes, num_training_steps)
-    memory = plan_memory(base, lora_config, args, accelerator.device, micro_batch)
+    shards = accelerator.num_processes if sharded else 1
+    memory = plan_memory(base, lora_config, args, accelerator.device, micro_batch, shards)
+    [memory] = broadcast_object_list([memory])  # others may have seen other free memory
     run_config["memory"] = memory
     plan = describe_plan(
         args, accelerator, base, lora_config, prompt, checked, lengths, schedule, memory
@@ -229,13 +240,10 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop):
     # ------------------------------------------------------------------ 4-bit base
     # NF4 with double quantization, multiplied in bf16: asked for by `nf4_config` in modeling.py,
     # which infer.py shares, and checked there on every loaded layer.
-    nf4 = args.base_weights != "bf16"
-    base = load_base(str(base_folder), accelerator.device, dtype, nf4)
+    nf4, weightless = args.base_weights != "bf16", base
+    base = load_base(str(base_folder), accelerator.device, dtype, nf4, sharded)
     if args.base_weights == "nf4-bf16":
         dequantize_base(base)
-    make_batch = pack if use_packed_attention(base, args.max_length) else pad_left
-    if make_batch is pad_left:
-        note("this model takes no packed rows; shorter articles of a micro-batch are padded")
 
     # ------------------------------------------------------------------ LoRA
     # Embeddings, norms and head stay in bf16 (prepare_model_for_kbit_training would copy them to
@@ -247,15 +255,35 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop):
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     # ------------------------------------------------------------------ optimizer
-    paged_adamw = PagedAdamW32bit(trainable, lr=args.learning_rate, weight_decay=0.0)
+    if sharded:  # bitsandbytes' kernels know no shards; the rule of an update is the same
+        fused = accelerator.device.type == "cuda"
+        adamw = AdamW(trainable, lr=args.learning_rate, weight_decay=0.0, fused=fused)
+    else:
+        adamw = PagedAdamW32bit(trainable, lr=args.learning_rate, weight_decay=0.0)
 
     # ------------------------------------------------------------------ prepare
     state = first_state()
-    model, optimizer = accelerator.prepare(model, paged_adamw)
+    if sharded:
+        model, optimizer = shard(accelerator, model, adamw, base_folder)
+        whole = Whole(weightless, lora_config, model, adamw)
+    else:
+        model, optimizer = accelerator.prepare(model, adamw)
     unwrapped = accelerator.unwrap_model(model)
+    with accelerator.autocast():
+        packs = use_packed_attention(unwrapped.eval(), args.max_length)
+    make_batch = pack if packs else pad_left
+    if make_batch is pad_left:
+        note("this model takes no packed rows; shorter articles of a micro-batch are padded")
+
+    def saved() -> tuple:
+        """Return model and optimizer as checkpoints.py takes them; under FSDP, put together."""
+        return whole.gather() if sharded else (unwrapped, adamw)
+
     if checkpoint is not None:
         # After prepare, which would copy paged states into ordinary GPU memory.
-        state = load_checkpoint(checkpoint, unwrapped, paged_adamw)
+        state = load_checkpoint(checkpoint, *saved())
+        if sharded:
+            whole.scatter()
     unfinished = state["completed_steps"] < num_training_steps
     on_main_process(
         accelerator, set_later_ones_aside, output_dir, state["completed_steps"], unfinished
@@ -315,9 +343,10 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop):
             group["lr"] = args.learning_rate * min(1.0, (step + 1) / max(1, num_warmup_steps))
         loss_sum = torch.zeros((), device=accelerator.device)
         for micro_step, micro_batch in enumerate(micro_batches, start=1):
-            # Gradients travel between processes once, with the last micro-batch.
+            # Gradients travel once, with the last micro-batch; to shards always, or each process
+            # would keep the whole of them.
             last = micro_step == len(micro_batches)
-            with nullcontext() if last else accelerator.no_sync(model):
+            with nullcontext() if last or sharded else accelerator.no_sync(model):
                 with accelerator.autocast():
                     loss = title_loss(model, make_batch(micro_batch, accelerator.device))
                 # Divided by the title tokens of the whole update, so that each counts the same
@@ -325,6 +354,8 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop):
                 accelerator.backward(loss * accelerator.num_processes / num_title_tokens)
             loss_sum += loss.detach()
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        if sharded:
+            grad_norm = grad_norm.full_tensor()
         # Sums over the processes: all skip this update, or none; all stop after it, or none.
         sums = accelerator.reduce(torch.stack([loss_sum, loss_sum.new_tensor(stop.asked())]))
         loss, num_asked = sums[0].item() / num_title_tokens, sums[1].item()
@@ -360,12 +391,12 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop):
             note(f"update {step + 1} skipped, its loss or gradient is not finite")
             state["skipped_steps"] += 1
         if state["skipped_in_a_row"] == MAX_SKIPPED_IN_A_ROW:
-            give_up(accelerator, output_dir, unwrapped, paged_adamw, state)
+            give_up(accelerator, output_dir, *saved(), state)
 
         # After each epoch, every N updates and at the end, a checkpoint and then an evaluation.
         stopping = num_asked > 0
         if stopping or milestone(step + 1):
-            on_main_process(accelerator, save_checkpoint, output_dir, unwrapped, paged_adamw, state)
+            on_main_process(accelerator, save_checkpoint, output_dir, *saved(), state)
         if not stopping and milestone(step + 1):
             stopping = not evaluate_and_record()
     progress_bar.close()
@@ -373,7 +404,7 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop):
     # ------------------------------------------------------------------ save
     if not stopping:
         peak = peak_memory(accelerator.device)
-        on_main_process(accelerator, save_adapter, unwrapped, state, peak, output_dir)
+        on_main_process(accelerator, save_adapter, saved()[0], state, peak, output_dir)
     # Gloo's threads let go of a broadcast's tensors while this waits. They need Python's lock for
     # it, and would wait for ever once the group is taken down by a thread that has the lock.
     accelerator.wait_for_everyone()
@@ -411,19 +442,20 @@ def evaluate(accelerator, model, make_batch, prompt, articles, args, state, stop
     Returns False, and leaves everything as it was, once `stop_asked()` is true.
 
     Each process takes its share of the rows; the unwrapped model runs, for the shares may differ
-    by a batch and DDP would wait for it.
+    by a batch and DDP would wait for it. Under FSDP, who has fewer runs along.
     """
     import torch
     from accelerate.utils import gather_object
 
     from batching import deal
     from infer import generate_titles
+    from sharding import in_step
     from title_figures import rouge_means
 
     rank, world_size = accelerator.process_index, accelerator.num_processes
     unwrapped = accelerator.unwrap_model(model).eval()
     totals = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
-    with torch.no_grad(), accelerator.autocast():
+    with torch.no_grad(), accelerator.autocast(), in_step(unwrapped):
         mine = list(range(rank, len(articles), world_size))
         for start in range(0, len(mine), 64):
             if stop_asked():  # before reading on: there may be a hundred thousand rows
