@@ -8,7 +8,9 @@
 # --- SLURM (plain comments under bash) ---
 #SBATCH --job-name=manchette      # as the queue shows it
 #SBATCH --partition=gpu           # <-- edit
-#SBATCH --gres=gpu:1              # GPUs of the node; as many as num_processes of the config
+#SBATCH --nodes=1                 # several: ACCELERATE_CONFIG=accelerate_configs/multi_node.yaml
+#SBATCH --ntasks-per-node=1       # which starts the processes of its node
+#SBATCH --gres=gpu:1              # GPUs of each node; the config has a process for each of them
 #SBATCH --cpus-per-task=8         # for reading and tokenising
 #SBATCH --mem=32G                 # merging passes the base through it, piece by piece
 #SBATCH --time=04:00:00           # <-- edit
@@ -43,7 +45,7 @@ for name in RUN_DIR INPUT_FILE OUTPUT_DIR; do
 # --- Environment: an active one, else .venv; SETUP=0 leaves it alone ---
 source scripts/setup.sh requirements.txt
 source scripts/launch.sh
-python scripts/machine.py --config_file "$ACCELERATE_CONFIG"  # does the machine have it?
+PROCESSES="$(python scripts/machine.py --config_file "$ACCELERATE_CONFIG")"  # or a complaint
 
 # --- Infer, merge, infer merged, score ---
 infer() {  # infer NAME OPTIONS...: titles in $OUTPUT_DIR/NAME.csv

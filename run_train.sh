@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fine-tune with QLoRA: scripts/train.py on one machine, the demo unless told otherwise.
+# Fine-tune with QLoRA: scripts/train.py, with the demo unless told otherwise.
 #
 #   bash run_train.sh                        the demo: no GPU, no account, minutes on 2 cores
 #   MODEL=... TRAIN_FILE=... bash run_train.sh --num_train_epochs 1     (more options: --help)
@@ -8,7 +8,9 @@
 # --- SLURM (plain comments under bash) ---
 #SBATCH --job-name=manchette      # as the queue shows it
 #SBATCH --partition=gpu           # <-- edit
-#SBATCH --gres=gpu:1              # GPUs of the node; as many as num_processes of the config
+#SBATCH --nodes=1                 # several: ACCELERATE_CONFIG=accelerate_configs/multi_node.yaml
+#SBATCH --ntasks-per-node=1       # which starts the processes of its node
+#SBATCH --gres=gpu:1              # GPUs of each node; the config has a process for each of them
 #SBATCH --cpus-per-task=8         # for reading and tokenising
 #SBATCH --mem=32G                 # the 7B base passes through it once
 #SBATCH --time=24:00:00           # <-- edit
@@ -43,7 +45,7 @@ for name in TRAIN_FILE RUN_DIR; do
 # --- Environment: an active one, else .venv; SETUP=0 leaves it alone ---
 source scripts/setup.sh requirements.txt
 source scripts/launch.sh
-python scripts/machine.py --config_file "$ACCELERATE_CONFIG"  # does the machine have it?
+PROCESSES="$(python scripts/machine.py --config_file "$ACCELERATE_CONFIG")"  # or a complaint
 
 # --- Train ---
 [ "$MODEL" != "$DEMO/model" ] || python scripts/make_demo.py --output_dir "$DEMO"

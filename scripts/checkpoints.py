@@ -257,6 +257,24 @@ def give_up(accelerator, output_dir: Path, model, optimizer, state: dict) -> Non
     raise UserError(output_dir, f"the loss or gradient of {updates} is not finite", advice)
 
 
+def save_what_is_left(
+    output_dir: Path, model, optimizer, state: dict, first_step: int
+) -> str | None:
+    """Save the last update, on one process, for the others may be gone; return where that leads.
+
+    None if there was none since the start: then the same command would come no further.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    completed = state["completed_steps"]
+    if completed == first_step:
+        return None
+    if not checkpoint_folder(output_dir, completed).exists():
+        save_checkpoint(output_dir, model, optimizer, state)
+    return f"after update {completed:,}"
+
+
 def save_adapter(model, state: dict, peak: int, output_dir: Path) -> None:
     """Write the run's adapter: that of the best checkpoint, or the last where none was judged.
 
@@ -306,7 +324,7 @@ def _differences(recorded: dict, current: dict) -> list[str]:
     """Return what would make a resumed run another run."""
     free = ("output_dir", "resume_from_checkpoint", "resume_anyway", "max_time", "report_to")
     free += ("save_total_limit", "per_device_train_batch_size", "gradient_accumulation_steps")
-    free += ("push_to_hub",)
+    free += ("push_to_hub", "ddp_timeout")
     # Of these, the contents are compared.
     free += ("train_file", "validation_file", "prompt_file", "model_name_or_path")
     before = {k: v for k, v in recorded["arguments"].items() if k not in free}

@@ -11,7 +11,7 @@ from pathlib import Path
 DONE = 0
 BUG = 1  # what Python itself returns after a traceback
 USER_ERROR = 2  # the user must change something
-STOPPED = 75  # stopped when asked, with nothing lost: run the same command again (EX_TEMPFAIL)
+STOPPED = 75  # when asked, or by a lost node: run the same command again (EX_TEMPFAIL)
 INTERRUPTED = 130  # Ctrl-C before there was anything to lose, as a shell has it
 
 
@@ -25,6 +25,10 @@ class UserError(Exception):
 
 class LoneError(UserError):
     """What one process of several may meet alone, such as a full memory."""
+
+
+class LostNode(UserError):
+    """Another node that does not answer any more. The same command may find all in order."""
 
 
 class WriteError(LoneError):
@@ -82,7 +86,8 @@ def run(main) -> None:
     try:
         code = main() or DONE
     except UserError as error:
-        code, tell = USER_ERROR, tell or isinstance(error, LoneError)
+        code = STOPPED if isinstance(error, LostNode) else USER_ERROR
+        tell = tell or isinstance(error, LoneError)
         # What the frames hold goes now: a progress bar prints itself once more when it does.
         traceback.clear_frames(error.__traceback__)
         if tell:
@@ -102,7 +107,8 @@ def run(main) -> None:
 
 
 def _leave_code(file: Path, code: int) -> None:
-    """Write a code for the launchers, but not that of a bug over what another process has told."""
+    """Write a code for the launchers, but over what another process has told neither that of a bug
+    nor that of a process which has lost just that other one."""
     with suppress(OSError):  # a full disk is what may have to be told
-        if code != BUG or not file.exists() or not file.read_text():
+        if code not in (BUG, STOPPED) or not file.exists() or not file.read_text():
             file.write_text(f"{code}\n")

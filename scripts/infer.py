@@ -26,6 +26,7 @@ from pathlib import Path
 from articles import Columns, check_articles, open_articles
 from exit_codes import STOPPED, UserError, is_first_process, note, printable, run, writing
 from machine import check_devices, free_memory
+from nodes import Nodes, process_group
 from prompting import PROMPTS, Prompt, load_tokenizer, prompt_of_run, read_template
 from run_folder import (
     ADAPTER_WEIGHTS,
@@ -115,6 +116,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("output").add_argument
     add("--output_file", help="CSV with ID,titles; a JSONL with details beside it")
     add("--max_time", type=float, help="minutes after which to stop, with exit code 75")
+    add("--ddp_timeout", type=float, default=1800, help="seconds processes wait for each other")
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
         if name == "length_penalty":
@@ -195,10 +197,14 @@ def main(argv=None):
     prompt = make_prompt(source, base_folder, settings)
 
     lock = output_file.with_suffix(".lock")
-    with locked(lock, args.output_file), StopRequest(args.max_time) as stop:
+    with (
+        locked(lock, args.output_file),
+        StopRequest(args.max_time) as stop,
+        Nodes(args.ddp_timeout) as nodes,
+    ):
         if is_complete(output_file, record):  # by a run that ended since the first look
             return None
-        return infer(args, columns, source, base_folder, prompt, decoding, record, stop)
+        return infer(args, columns, source, base_folder, prompt, decoding, record, stop, nodes)
 
 
 def write_one(args) -> None:
@@ -221,7 +227,7 @@ def write_one(args) -> None:
         decoding = decoding_of(args, settings)
         check_devices()
         prompt = make_prompt(source, base_folder, settings)
-        accelerator, model = load(source, base_folder, prompt, decoding)
+        accelerator, model = load(source, base_folder, prompt, decoding, args.ddp_timeout)
         with accelerator.autocast():
             [title] = generate_batch(model, prompt, [prompt.encode(text).ids], decoding)
         if title.stopped_by == "length":
@@ -231,9 +237,9 @@ def write_one(args) -> None:
     accelerator.end_training()
 
 
-def infer(args, columns, source, base_folder, prompt, decoding, record, stop):
+def infer(args, columns, source, base_folder, prompt, decoding, record, stop, nodes):
     """Write the titles that the checked arguments ask for; return STOPPED if `stop` was asked."""
-    accelerator, model = load(source, base_folder, prompt, decoding)
+    accelerator, model = load(source, base_folder, prompt, decoding, args.ddp_timeout)
     import torch
     from accelerate.utils import tqdm
 
@@ -254,6 +260,15 @@ def infer(args, columns, source, base_folder, prompt, decoding, record, stop):
     if parts.num_done:
         note(f"going on after {parts.num_done:,} titles of an earlier run")
     stop.listen()
+    # Lines are written as they come: should a node be lost, those of the others are not.
+    num_bytes = sum(file.stat().st_size for file in part_files(output_file))
+    nodes.on_loss(
+        lambda: (
+            "after the titles that are there"
+            if sum(file.stat().st_size for file in part_files(output_file)) > num_bytes
+            else None
+        )
+    )
     progress_bar = tqdm(
         total=len(articles), initial=parts.num_done, unit=" articles", bar_format=BAR
     )
@@ -276,7 +291,8 @@ def infer(args, columns, source, base_folder, prompt, decoding, record, stop):
                 batches = [left[n::world_size] for n in range(world_size)]
             for number, batch in enumerate(batches):
                 missing = {row for row in batch if not parts.is_done(start + row)}
-                if number % world_size != rank or not missing:
+                # In turn, for the first batches are the longest, and the end waits for everyone.
+                if (number + start // WINDOW) % world_size != rank or not missing:
                     if accelerator.is_main_process:
                         progress_bar.update(len(missing))  # the others are about as far
                     continue
@@ -428,7 +444,7 @@ def read_title(prompt, ends, new_ids: list[int]) -> Title:
     )
 
 
-def load(source: dict, base_folder: Path, prompt, decoding: Decoding):
+def load(source: dict, base_folder: Path, prompt, decoding: Decoding, timeout: float):
     """Return the accelerator and, on its device, the model that `find_model` found."""
     # These take seconds to import, which a complaint about the input should not have to wait for.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of optional kernels not installed
@@ -442,7 +458,9 @@ def load(source: dict, base_folder: Path, prompt, decoding: Decoding):
     dtype = torch.bfloat16 if source["precision"] == "bf16" else torch.float32
     # The 4-bit model ran under autocast in training; a merged one should do as it would elsewhere.
     autocast = nf4 and dtype == torch.bfloat16
-    accelerator = Accelerator(mixed_precision="bf16" if autocast else "no")
+    accelerator = Accelerator(
+        mixed_precision="bf16" if autocast else "no", kwargs_handlers=process_group(timeout)
+    )
     model = load_base(str(base_folder), accelerator.device, dtype, nf4)
     dequantized = None
     if nf4:

@@ -4,7 +4,8 @@
 
 `accelerate launch` answers a broken config with a traceback, and trains on the CPU where a GPU is
 asked for and missing, several processes without knowing of each other. The launchers ask here
-first; train.py and infer.py ask `check_devices`, whoever started them.
+first; train.py and infer.py ask `check_devices`, whoever started them. In a SLURM job of several
+nodes, what is printed are the options that make the config one for so many.
 """
 
 import argparse
@@ -16,6 +17,21 @@ from exit_codes import UserError, run
 
 USE_OURS = "give one of accelerate_configs/"
 SHARED_MEMORY = Path("/dev/shm")
+DEEPSPEED = "DeepSpeed, whose ZeRO-3 cannot hold 4-bit weights"
+MEGATRON = "Megatron-LM"
+PARALLELISM = "parallelism within a layer or a sequence"
+COMPILING = "a compiled model (dynamo)"
+UNSUPPORTED_TYPES = {"DEEPSPEED": DEEPSPEED, "MEGATRON_LM": MEGATRON, "XLA": "TPUs", "TPU": "TPUs"}
+# Accelerate starts these through MPI alone, and without it one process, which knows of no other.
+UNSUPPORTED_TYPES["MULTI_CPU"] = "MPI (for CPUs, MULTI_GPU with use_cpu: true does without)"
+UNSUPPORTED_SECTIONS = {"deepspeed_config": DEEPSPEED, "megatron_lm_config": MEGATRON}
+UNSUPPORTED_SECTIONS |= {"fp8_config": "fp8", "parallelism_config": PARALLELISM}
+UNSUPPORTED_SECTIONS |= {"dynamo_config": COMPILING, "mpirun_config": "MPI"}
+# What `accelerate launch` makes of such a config, for whoever has not asked here first.
+UNSUPPORTED_VARIABLES = {"ACCELERATE_USE_DEEPSPEED": DEEPSPEED}
+UNSUPPORTED_VARIABLES |= {"ACCELERATE_USE_MEGATRON_LM": MEGATRON}
+UNSUPPORTED_VARIABLES |= {"ACCELERATE_USE_PARALLELISM_CONFIG": PARALLELISM}
+YES = ("1", "true", "yes", "y", "on", "t")
 
 
 def parse_args(argv=None):
@@ -39,25 +55,82 @@ def main(argv=None):
         raise UserError(file, f"not valid YAML ({error})", USE_OURS) from None
     if not isinstance(config, dict) or "distributed_type" not in config:
         raise UserError(file, "not a config of Accelerate", USE_OURS)
+    check_supported(file, config)
     processes, machines = config.get("num_processes"), config.get("num_machines", 1)
     if type(processes) is not int or type(machines) is not int or not 1 <= machines <= processes:
         problem = f"num_processes is {processes} on num_machines {machines}"
         raise UserError(file, problem, "give a process for each GPU")
+    if processes % machines:
+        problem = f"num_processes is {processes}, which {machines} machines cannot share evenly"
+        raise UserError(file, problem, "give each as many")
+    if config["distributed_type"] in ("NO", False) and processes > 1:  # YAML has a bare NO as False
+        problem = f"of {processes} processes, Accelerate starts one where distributed_type is NO"
+        raise UserError(file, problem, "use accelerate_configs/multi_gpu.yaml")
+    nodes = num_nodes()
+    if nodes > 1 and machines == 1:
+        problem = f"the config is for one machine and the job has {nodes} nodes"
+        raise UserError(file, problem, "use accelerate_configs/multi_node.yaml, or one node")
+    if nodes == 1 and machines > 1:
+        problem = f"the config is for {machines} machines and there is one"
+        raise UserError(file, problem, f"start it with sbatch --nodes {machines}")
     if not config.get("use_cpu"):
         check_gpus(file, processes // machines)
+    if nodes > 1:
+        print(f"--num_machines {nodes} --num_processes {processes // machines * nodes}")
+
+
+def num_nodes() -> int:
+    """Return how many nodes SLURM gave to this job, or to this step of it; 1 without SLURM."""
+    nodes = os.environ.get("SLURM_NNODES", "")
+    return int(nodes) if nodes.isdecimal() else 1
+
+
+def check_supported(file: str, config: dict) -> None:
+    """Refuse what a config of Accelerate may ask for and the scripts do not do.
+
+    Raises:
+        UserError: as said.
+    """
+    kind = config["distributed_type"]
+    wants = UNSUPPORTED_TYPES.get(kind) if isinstance(kind, str) else None
+    if config.get("compute_environment") == "AMAZON_SAGEMAKER":
+        wants = "Amazon SageMaker"
+    for section, what in UNSUPPORTED_SECTIONS.items():
+        section = config.get(section)
+        if section and section != {"dynamo_backend": "NO"}:
+            wants = wants or what
+    if wants:
+        raise UserError(file, f"it asks for {wants}, which is not supported", USE_OURS)
+    if str(config.get("mixed_precision", "no")).lower() in ("fp8", "fp16"):
+        problem = f"it asks for {config['mixed_precision']}, and the scripts know bf16 and fp32"
+        raise UserError(file, problem, "leave mixed_precision to their option")
 
 
 def check_devices() -> None:
-    """Refuse to run on a CPU where whoever launched this process asked for a GPU.
+    """Refuse to run otherwise than whoever launched this process has asked for.
 
     Started by plain `python`, nobody has asked: Accelerate takes a GPU if there is one.
 
     Raises:
-        UserError: as said, or there are fewer GPUs than processes on this machine, or no room in
-            the shared memory through which NCCL lets them talk.
+        UserError: Accelerate was told to do what the scripts do not, the job has more nodes than
+            the run has processes, there are fewer GPUs than processes on this machine, or no room
+            in the shared memory through which NCCL lets them talk.
     """
+    for variable, what in UNSUPPORTED_VARIABLES.items():
+        if os.environ.get(variable, "").lower() in YES:
+            raise UserError(variable, f"it asks for {what}, which is not supported", USE_OURS)
+    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp8":
+        raise UserError("ACCELERATE_MIXED_PRECISION", "fp8 is not supported", USE_OURS)
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO") != "NO":
+        problem = f"it asks for {COMPILING}, which is not supported"
+        raise UserError("ACCELERATE_DYNAMO_BACKEND", problem, USE_OURS)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if processes < num_nodes():  # each node would train a model of its own
+        problem = f"the job has {num_nodes()} nodes, and this run {processes} process(es)"
+        advice = "start it by the launchers, or with SLURM_NNODES=1 on this node alone"
+        raise UserError("SLURM_NNODES", problem, advice)
     use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower()  # set by a launch of one process
-    if use_cpu in ("1", "true", "yes", "y", "on", "t"):
+    if use_cpu in YES:
         return
     # Set by torchrun, and so by a launch of several. Without GPUs, each would take itself for the
     # only process, and all would write to the same folder.

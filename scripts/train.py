@@ -22,6 +22,7 @@ from exit_codes import STOPPED, note, printable, run
 from hub import check_hub, push
 from hygiene import Survey, report_rows, report_titles
 from machine import check_devices
+from nodes import Nodes, process_group
 from prompting import PROMPTS, Prompt, load_tokenizer, read_template
 from run_folder import (
     LOCK,
@@ -88,6 +89,7 @@ def parse_args(argv=None):
     add("--resume_from_checkpoint", help="'latest' or a checkpoint of this run")
     add("--resume_anyway", action="store_true", help="even with other settings or data")
     add("--max_time", type=float, help="minutes after which to save, and stop with exit code 75")
+    add("--ddp_timeout", type=float, default=1800, help="seconds processes wait for each other")
     add("--metric_for_best_model", choices=["loss", "rougeL"], default="loss", help="validation's")
     add("--num_eval_titles", type=int, default=32, help="validation titles to write and score")
     add("--report_to", choices=["none", "tensorboard", "wandb"], default="none", help="tracker")
@@ -138,13 +140,17 @@ def main(argv=None):
     )
     report_rows(surveys)  # nothing is dropped or repaired
 
-    with locked(Path(args.output_dir, LOCK), args.output_dir), StopRequest(args.max_time) as stop:
+    with (
+        locked(Path(args.output_dir, LOCK), args.output_dir),
+        StopRequest(args.max_time) as stop,
+        Nodes(args.ddp_timeout) as nodes,
+    ):
         if not args.resume_from_checkpoint:  # again: another run may have come and gone since
             check_output_dir(args.output_dir)
-        return train(args, columns, base_folder, prompt, checked, surveys, stop)
+        return train(args, columns, base_folder, prompt, checked, surveys, stop, nodes)
 
 
-def train(args, columns, base_folder, prompt, checked, surveys, stop):
+def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
     """Run the training that the checked arguments ask for; return STOPPED if `stop` was asked."""
     # These take seconds to import, which a complaint about the input should not have to wait for.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of optional kernels not installed
@@ -165,6 +171,7 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop):
         record_evaluation,
         save_adapter,
         save_checkpoint,
+        save_what_is_left,
         set_later_ones_aside,
     )
     from memory import describe_peak, peak_memory, plan_memory
@@ -191,6 +198,7 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop):
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=output_dir / "trackers",
         fsdp_plugin=plugin,
+        kwargs_handlers=process_group(args.ddp_timeout),
     )
     sharded = turn_on(accelerator, plugin)
     torch.backends.cuda.matmul.fp32_precision = "tf32"  # for what stays in fp32
@@ -319,6 +327,8 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop):
         # The run was stopped before or in it. Were it to stop for its time again, it never got on.
         stopping = not evaluate_and_record(stop.asked_by_others)
     first_step = state["completed_steps"]
+    if not sharded:  # should another node be lost, all that was done is on the first process
+        nodes.on_loss(lambda: save_what_is_left(output_dir, *saved(), state, first_step))
     for step in range(first_step, num_training_steps):
         if stopping:
             break

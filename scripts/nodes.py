@@ -1,0 +1,148 @@
+"""Nodes of one job: how long their processes wait for each other, and which node is gone."""
+
+import os
+import platform
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+from exit_codes import LostNode, UserError, note
+from run_folder import first_line
+
+PREFIX = "manchette/"  # of our keys in the store through which the processes found each other
+
+
+class Nodes:
+    """Knows which nodes were heard of lately. Use it as a context manager around the work.
+
+    Where a run has several nodes, a thread of each process counts up in the store of torch's
+    rendezvous, on the first node, every few seconds. Once a collective operation fails, the first
+    process sees whose count stands still. It saves what can be saved, says which node is gone, and
+    then tells the others to end.
+
+    Args:
+        timeout: seconds after which an operation between processes fails.
+
+    Raises:
+        LostNode: such an operation failed, in place of what torch raises for it.
+    """
+
+    def __init__(self, timeout: float):
+        variables = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+        self.rank, self.size, here = (int(os.environ.get(v, v != "RANK")) for v in variables)
+        self.several = self.size > here
+        self.period = min(5.0, timeout / 20)  # seconds between two signs of life
+        self.silence = 6 * self.period  # after which a process does not live any more
+        self.name = os.environ.get("SLURMD_NODENAME") or platform.node()
+        self.names = [None] * self.size
+        self.heard = [time.monotonic()] * self.size  # on the first process, of each
+        self.answered = time.monotonic()  # by the store
+        self.noted = set()
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self._count, daemon=True)
+        self.save: Callable[[], str | None] = lambda: None
+
+    def __enter__(self):
+        if self.several:
+            self.thread.start()
+        return self
+
+    def __exit__(self, kind, error, _):
+        if not self.several:
+            return
+        if kind is not None and issubclass(kind, RuntimeError) and _of_collective(error):
+            self._give_up(error)
+        self.done.set()
+
+    def on_loss(self, save: Callable[[], str | None]) -> None:
+        """Have the first process call `save()` should a node be lost.
+
+        It returns from where the same command will go on, or None if this start got nowhere.
+        """
+        self.save = save
+
+    def gone(self) -> list[str]:
+        """Return the names of the nodes from which nothing was heard lately, on the first process.
+
+        A process that never said its name goes by its rank.
+        """
+        late = [r for r in range(self.size) if time.monotonic() - self.heard[r] > self.silence]
+        return list(dict.fromkeys(self.names[r] or f"process {r}" for r in late))
+
+    def _store(self):
+        from torch.distributed import TCPStore
+
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        patience = timedelta(seconds=max(1.0, self.silence))
+        return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=patience)
+
+    def _count(self) -> None:
+        """Give signs of life; on the first process, look for those of others too."""
+        try:
+            store = self._store()
+            store.set(f"{PREFIX}name{self.rank}", self.name)
+            counts = [0] * self.size
+            while not self.done.wait(self.period):
+                store.add(f"{PREFIX}count{self.rank}", 1)
+                self.answered = time.monotonic()
+                if self.rank:
+                    if store.check([f"{PREFIX}over"]):
+                        break
+                    continue
+                for rank in range(self.size):
+                    count = store.add(f"{PREFIX}count{rank}", 0)
+                    if count != counts[rank]:
+                        counts[rank], self.heard[rank] = count, time.monotonic()
+                        if self.names[rank] is None:
+                            self.names[rank] = store.get(f"{PREFIX}name{rank}").decode()
+                for name in set(self.gone()) - self.noted:
+                    self.noted.add(name)
+                    note(f"nothing heard from {name} for {self.silence:.0f} s")
+            else:
+                return
+        except Exception:  # whatever a store that is gone makes of it
+            if self.done.is_set():
+                return
+            self._say_that_the_first_is_gone()
+        # The main thread may be in an operation that only ends with its timeout, or never.
+        os._exit(1)
+
+    def _say_that_the_first_is_gone(self) -> None:
+        first = os.environ["MASTER_ADDR"]
+        print(f"error: {first}: gone, and the first process with it", file=sys.stderr, flush=True)
+
+    def _give_up(self, error) -> None:
+        """Say which node is gone, on the first process; end all others, once it has.
+
+        Raises:
+            UserError: as said.
+        """
+        if self.rank:
+            # The thread ends this process, unless the store neither answers nor breaks off.
+            while time.monotonic() - self.answered < 2 * self.silence:
+                time.sleep(self.period)
+            self._say_that_the_first_is_gone()
+            os._exit(1)
+        time.sleep(self.silence + 2 * self.period)  # who is alive is heard of in that time
+        names, resumable = self.gone(), self.save()
+        self._store().set(f"{PREFIX}over", "1")
+        where = ", ".join(names) or "the network between the nodes"
+        problem = "gone in the middle of the run" if names else first_line(error)
+        if resumable:
+            raise LostNode(where, problem, f"the same command goes on {resumable}") from None
+        raise UserError(where, problem, "nothing was done since the start; mend it first") from None
+
+
+def process_group(timeout: float) -> list:
+    """Return what `Accelerator` takes as `kwargs_handlers` for this timeout in seconds."""
+    from accelerate.utils import InitProcessGroupKwargs
+
+    return [InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))]
+
+
+def _of_collective(error) -> bool:
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or "gloo" in str(error).lower()

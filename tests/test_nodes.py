@@ -1,0 +1,208 @@
+"""Two nodes, which are network namespaces of this machine. Run: python -m pytest tests/test_nodes.py
+
+What stands in for sbatch, srun and scontrol does with run_train.sh what SLURM's own would do: from
+there on, all is real, from the launcher to the processes that talk through a virtual cable.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, train_args
+
+SBATCH = """
+import os, pathlib, shutil, subprocess, sys
+folder, nodes = pathlib.Path({folder!r}), {nodes!r}
+count = dict(zip(sys.argv[1::2], sys.argv[2::2]))["--nodes"]
+script, options = sys.argv[3], sys.argv[4:]
+assert "\\n#SBATCH --signal=B:USR1@300 " in open(script).read()
+shutil.copy(script, folder / "slurm_script")
+env = os.environ | {{"SLURM_JOB_ID": "17", "SLURM_NNODES": count, "SLURM_NODEID": "0"}}
+env |= {{"SLURM_PROCID": "0", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_CPUS_PER_TASK": "1"}}
+env |= {{"SLURM_SUBMIT_DIR": os.getcwd()}}
+requeued, lives = folder / "requeued", 0
+while True:
+    requeued.unlink(missing_ok=True)
+    command = ["ip", "netns", "exec", nodes[0], "bash", folder / "slurm_script", *options]
+    with open(folder / f"log{{lives}}", "w") as log:
+        batch = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
+        (folder / f"batch{{lives}}").write_text(str(batch.pid))
+        code = batch.wait()
+    (folder / f"code{{lives}}").write_text(str(code))
+    lives += 1
+    if not requeued.exists():
+        sys.exit(code)
+"""
+SRUN = """
+import os, signal, subprocess, sys
+nodes = {nodes!r}
+at = next(n for n, word in enumerate(sys.argv[1:], 1) if not word.startswith("-"))
+assert "--ntasks-per-node=1" in sys.argv[1:at] and "--cpus-per-task=1" in sys.argv[1:at], sys.argv
+ordinary = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+
+def as_slurmstepd_does():
+    os.setsid()
+    for number in ordinary:
+        signal.signal(number, signal.SIG_DFL)
+
+tasks = []
+for number, node in enumerate(nodes):
+    env = os.environ | {{"SLURM_NODEID": str(number), "SLURM_PROCID": str(number)}}
+    env |= {{"SLURM_STEP_ID": "0", "SLURMD_NODENAME": f"node{{number + 1}}"}}
+    env |= {{"GLOO_SOCKET_IFNAME": "veth0"}}  # this machine's name is no address of a node
+    command = ["ip", "netns", "exec", node, *sys.argv[at:]]
+    tasks.append(subprocess.Popen(command, env=env, preexec_fn=as_slurmstepd_does))
+for number in ordinary:
+    signal.signal(number, lambda number, _: [os.killpg(t.pid, number) for t in tasks])
+codes = [task.wait() for task in tasks]
+sys.exit(max(code if code >= 0 else 128 - code for code in codes))
+"""
+SCONTROL = """
+import pathlib, sys
+if sys.argv[1:] == ["show", "hostnames", "node[1-2]"]:
+    print("10.77.17.1\\n10.77.17.2")
+else:
+    assert sys.argv[1:] == ["requeue", "17"], sys.argv
+    pathlib.Path({folder!r}, "requeued").touch()
+"""
+
+
+def ip(*words):
+    return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    """The names of two network namespaces with a cable between them."""
+    names = [f"manchette-{os.getpid()}-{number}" for number in (1, 2)]
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ends = ("veth0", "netns", names[0]), ("veth0", "netns", names[1])
+        ip("link", "add", *ends[0], "type", "veth", "peer", "name", *ends[1])
+        for number, name in enumerate(names, 1):
+            ip("-n", name, "addr", "add", f"10.77.17.{number}/24", "dev", "veth0")
+            for link in ("lo", "veth0"):
+                ip("-n", name, "link", "set", link, "up")
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no network namespaces here ({getattr(error, 'stderr', error)})")
+    else:
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+class Job:
+    """`sbatch --nodes 2 run_train.sh`, and what is to be seen of it. Kills what is left of it."""
+
+    def __init__(self, folder: Path, nodes, model, news, *options):
+        self.folder, self.nodes, self.run_dir = folder, nodes, folder / "run"
+        (folder / "bin").mkdir(parents=True)
+        for name, text in {"sbatch": SBATCH, "srun": SRUN, "scontrol": SCONTROL}.items():
+            text = text.format(folder=str(folder), nodes=nodes)
+            (folder / "bin" / name).write_text(f"#!{sys.executable}\n{text}")
+            (folder / "bin" / name).chmod(0o755)
+        config = yaml.safe_load((ROOT / "accelerate_configs/multi_node.yaml").read_text())
+        (folder / "config.yaml").write_text(yaml.safe_dump(config | {"use_cpu": True}))
+        settings = {"MODEL": model, "TRAIN_FILE": news / "train.csv", "RUN_DIR": self.run_dir}
+        settings |= {"ACCELERATE_CONFIG": folder / "config.yaml", "SETUP": 0}
+        settings["PATH"] = f"{folder}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        more = train_args("", news, "")
+        self.process = subprocess.Popen(
+            ["sbatch", "--nodes", "2", "run_train.sh", *more[more.index("--lora_r") :], *options],
+            cwd=ROOT,
+            env=os.environ | {name: str(value) for name, value in settings.items()},
+            executable=folder / "bin/sbatch",
+            process_group=0,
+        )
+
+    def wait_for_updates(self, count: int):
+        while self.num_updates() < count:
+            assert self.process.poll() is None, self.log(0)
+            time.sleep(0.005)
+
+    def num_updates(self) -> int:
+        file = self.run_dir / "metrics.jsonl"
+        return file.read_text().count("grad_norm") if file.exists() else 0
+
+    def lives(self) -> int:
+        return len(list(self.folder.glob("batch*")))
+
+    def wait_for_life(self, number: int):
+        """Wait until the launcher was started so many times, and its training goes on."""
+        while self.lives() < number:
+            assert self.process.poll() is None, self.log(number - 2)
+            time.sleep(0.01)
+        self.wait_for_updates(self.num_updates() + 1)
+
+    def log(self, life: int) -> str:
+        return (self.folder / f"log{life}").read_text()
+
+    def codes(self) -> list[int]:
+        self.process.wait(timeout=240)
+        return [int((self.folder / f"code{n}").read_text()) for n in range(self.lives())]
+
+    def close(self):
+        self.process.kill()
+        for node in self.nodes:
+            for pid in map(int, ip("netns", "pids", node).split()):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+        assert not list(ROOT.glob("slurm-17.*"))  # nothing of the launcher's stays
+
+
+@pytest.fixture
+def submit(nodes, tiny_model, news, tmp_path):
+    """Return a function that submits a job of two nodes."""
+    jobs = []
+
+    def start(name, *options):
+        jobs.append(Job(tmp_path / name, nodes, tiny_model, news, *map(str, options)))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        job.close()
+
+
+def ending(run_dir: Path) -> dict:
+    """Return all that a run leaves, but for times and paths."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    found = {"metrics": [{k: v for k, v in row.items() if k != "seconds"} for row in rows]}
+    for file in run_dir.rglob("*"):
+        if file.suffix in (".safetensors", ".json") and file.name != "run_config.json":
+            found[str(file.relative_to(run_dir))] = file.read_bytes()
+    return found
+
+
+LONG = ("--num_train_epochs", 30, "--checkpointing_steps", 1000, "--save_total_limit", 1)
+LONG += ("--max_train_steps", 80, "--ddp_timeout", 30)
+
+
+def test_a_job_of_two_nodes_that_loses_one_ends_with_the_bytes_of_another(submit, nodes):
+    """Its first life ends before its time limit, its second with the second node's."""
+    undisturbed = submit("undisturbed", *LONG)
+    assert undisturbed.codes() == [0], undisturbed.log(0)
+    assert "4 per device x 2 accumulated x 2 processes" in undisturbed.log(0)
+    job = submit("job", *LONG)
+    job.wait_for_updates(2)
+    os.kill(int((job.folder / "batch0").read_text()), signal.SIGUSR1)  # as B: says
+    job.wait_for_life(2)
+    for pid in map(int, ip("netns", "pids", nodes[1]).split()):
+        os.kill(pid, signal.SIGKILL)
+    assert job.codes() == [75, 75, 0], job.log(job.lives() - 1)
+    assert "with a checkpoint; the same command" in job.log(0)
+    told = re.findall(r"^error: (.*)$", job.log(1), re.MULTILINE)
+    assert len(told) == 1, job.log(1)
+    assert re.fullmatch(
+        r"node2: gone in the middle of the run; the same command goes on after update \d+", told[0]
+    )
+    assert ending(job.run_dir) == ending(undisturbed.run_dir)
