@@ -17,6 +17,7 @@ from conftest import (
 
 import infer
 from exit_codes import UserError
+from predictions import Parts, part_file, part_files
 from prompting import Prompt, load_tokenizer
 
 CPU = torch.device("cpu")
@@ -406,13 +407,13 @@ def test_other_line_separators_in_a_title_are_no_ends_of_lines(tmp_path):
     output_file = tmp_path / "p[1].csv"  # nor is the name a pattern
     row = {"id": "a\u2029b", "title": "t", "raw": "un\u2028deux\x85trois", "stopped_by": "eos"}
     line = json.dumps({"index": 0} | row, ensure_ascii=False) + "\n"
-    infer.part_file(output_file, 0).write_text(json.dumps(record) + "\n" + line, encoding="utf-8")
-    parts = infer.Parts(output_file, record, 1)
+    part_file(output_file, 0).write_text(json.dumps(record) + "\n" + line, encoding="utf-8")
+    parts = Parts(output_file, record, 1)
     assert parts.num_done == 1
     assert parts.join() == 0
     assert details(tmp_path / "p[1].jsonl")[1] == [row]
     assert read_csv(output_file) == [{"ID": "a\u2029b", "titles": "t"}]
-    assert not infer.part_files(output_file)
+    assert not part_files(output_file)
 
 
 def test_a_run_in_fp32_is_inferred_in_fp32(tiny_model, news, tmp_path):
