@@ -136,14 +136,14 @@ def _per_shard(model, way: str, shards: int) -> float:
 def _peak_in_use(model, args, kind: str, micro_batch: tuple[int, int], shards: int) -> int:
     """Return the bytes beside the weights that live at a time, in a forward and backward pass.
 
-    Without gradients where there are `shards` of them.
+    Without gradients, which are given away as soon as they exist, where there are `shards`.
     """
     tokens, titles = micro_batch
-    if shards > 1:
-        for parameter in filter(lambda p: p.requires_grad, model.parameters()):
-            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     with FakeTensorMode(allow_non_fake_inputs=True):  # those on meta, until they are moved
         model.to_empty(device=kind)
+        for parameter in model.parameters() if shards > 1 else ():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         batch = pack([Example([0] * tokens, tokens - titles, False)], torch.device(kind))
         if kind == "cpu":  # attention would ask for the borders' values
             del batch["cu_seq_lens_q"]

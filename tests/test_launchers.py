@@ -497,11 +497,13 @@ CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 
 
 def test_there_are_the_configs_that_the_readme_names():
-    assert {path.stem for path in CONFIGS} == {"cpu", "single_gpu", "multi_gpu"}
+    assert {path.stem for path in CONFIGS} == {"cpu", "single_gpu", "multi_gpu", "fsdp"}
 
 
 @pytest.mark.parametrize("gpus", [0, 1, 2, 8])
-@pytest.mark.parametrize(("config", "needed"), [("cpu", 0), ("single_gpu", 1), ("multi_gpu", 2)])
+@pytest.mark.parametrize(
+    ("config", "needed"), [("cpu", 0), ("single_gpu", 1), ("multi_gpu", 2), ("fsdp", 2)]
+)
 def test_a_config_is_refused_where_its_gpus_are_missing(monkeypatch, config, needed, gpus):
     import machine
 
@@ -589,7 +591,7 @@ def test_config_describes_the_machine_only_and_accelerate_takes_it(config):
         train.parse_args(["--model_name_or_path=m", "--train_file=t", "--output_dir=o"])
     )
     assert not settings.keys() & arguments.keys()
-    lines = config.read_text().splitlines()
+    lines = list(map(str.lstrip, config.read_text().splitlines()))
     for before, line in zip(["", *lines], lines, strict=False):
         assert line.startswith("#") or before.startswith("#"), f"no comment over {line}"
     assert len(settings) <= 10

@@ -41,9 +41,11 @@ def base(folder):
     return skeleton(str(folder), torch.bfloat16)
 
 
-def expected(base, way="qlora", every=0, device=CUDA, dropout=0.0, size=MICRO_BATCH, **changes):
-    config = lora(base, dropout)
-    return memory.expected_peak(base, config, arguments(**changes), device, size, way, every)
+def expected(
+    base, way="qlora", every=0, device=CUDA, dropout=0.0, size=MICRO_BATCH, shards=1, **changes
+):
+    config, args = lora(base, dropout), arguments(**changes)
+    return memory.expected_peak(base, config, args, device, size, way, every, shards)
 
 
 @pytest.mark.parametrize("way", list(memory.WAYS))
@@ -91,6 +93,32 @@ def test_the_expected_peak_grows_with_what_it_should(base):
     assert whole < expected(base, dropout=0.1)
     assert whole < expected(base, size=(2048, 64))
     assert whole < expected(base, device=CPU)
+
+
+def test_a_shard_is_a_share_of_what_is_really_stored(folder, base):
+    """Weights, gradients and moments are divided; scales of 4-bit blocks are on every card."""
+    from peft import get_peft_model
+
+    model = load_base(str(folder), CPU, torch.bfloat16, nf4=True, shardable=True)
+    states = [p.quant_state for p in model.parameters() if hasattr(p, "quant_state")]
+    model = get_peft_model(model, lora(model))
+    stored = sum(parameter.nbytes for parameter in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    divided = (expected(base, shards=2) - expected(base, shards=4)) * 4
+    assert divided == pytest.approx(stored + (4 + memory.MOMENTS) * trained, rel=1e-4)
+    scales = sum(state.absmax.nbytes + state.state2.absmax.nbytes for state in states)
+    numbers = sum(state.shape.numel() for state in states)
+    assert scales == pytest.approx((memory.NF4_BYTES - 0.5) * numbers, rel=0.05)
+    assert expected(base, shards=4) < expected(base)
+
+
+def test_gradients_of_shards_never_add_up(base):
+    """Of ever more shards there remain two layers, with gradients, and what is in none."""
+    layer = sum(p.numel() for p in base.model.layers[0].parameters())
+    others = sum(p.numel() for p in base.parameters()) - 4 * layer
+    left = expected(base, "full", size=(16, 4), shards=10**9)
+    fixed = 2 * 8 * layer + 4 * others
+    assert fixed < left < fixed + 4 * 4 * layer
 
 
 def test_a_7b_takes_seconds_and_no_memory(tmp_path):

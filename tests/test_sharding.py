@@ -24,10 +24,11 @@ from exit_codes import UserError
 LORA = (*EXACT, "--base_weights", "bf16")  # in fp32, on the base as it is
 
 
-def launch(script, *argv, config=ROOT / "accelerate_configs/fsdp.yaml", code=0, **env) -> str:
-    """Return what two sharding processes print, started by the true command."""
+def launch(script, *argv, processes=2, fails=False, **env) -> str:
+    """Return what the processes of fsdp.yaml print, started by the true command."""
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    command += ["--config_file", str(config), "--main_process_port", "0", str(script)]
+    command += ["--config_file", str(ROOT / "accelerate_configs/fsdp.yaml")]
+    command += ["--num_processes", str(processes), "--main_process_port", "0", str(script)]
     result = subprocess.run(
         [*command, *map(str, argv)],
         capture_output=True,
@@ -35,7 +36,7 @@ def launch(script, *argv, config=ROOT / "accelerate_configs/fsdp.yaml", code=0, 
         env=os.environ | {"ACCELERATE_USE_CPU": "true"} | env,
         timeout=300,
     )
-    assert (result.returncode == 0) == (code == 0), f"{result.stdout}\n{result.stderr}"
+    assert (result.returncode != 0) == fails, f"{result.stdout}\n{result.stderr}"
     return result.stdout + result.stderr
 
 
@@ -226,8 +227,9 @@ def test_a_base_that_was_quantized_before_is_refused(tiny_model, rows_17, tmp_pa
     model = load_base(str(tiny_model), torch.device("cpu"), torch.bfloat16, nf4=True)
     model.save_pretrained(tmp_path / "quantized")
     load_tokenizer(str(tiny_model)).save_pretrained(tmp_path / "quantized")
-    argv = train_args(tmp_path / "quantized", rows_17, tmp_path / "run", *split(2))
-    printed = launch(SCRIPTS / "train.py", *argv, code=2, EXIT_CODE_FILE=str(tmp_path / "code"))
+    argv = train_args(tmp_path / "quantized", rows_17, tmp_path / "run")
+    more = {"processes": 1, "fails": True, "EXIT_CODE_FILE": str(tmp_path / "code")}
+    printed = launch(SCRIPTS / "train.py", *argv, **more)
     assert printed.count("error:") == 1
     assert "is stored as torch.uint8, which FSDP would leave whole on every card" in printed
     assert (tmp_path / "code").read_text() == "2\n"
