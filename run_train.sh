@@ -3,13 +3,11 @@
 #
 #   bash run_train.sh                        the demo: no GPU, no account, minutes on 2 cores
 #   MODEL=... TRAIN_FILE=... bash run_train.sh --num_train_epochs 1     (more options: --help)
-#   sbatch run_train.sh                      the same under SLURM; edit the lines below first
+#   sbatch [--nodes 2] run_train.sh          the same under SLURM; edit the lines below first
 
 # --- SLURM (plain comments under bash) ---
 #SBATCH --job-name=manchette      # as the queue shows it
 #SBATCH --partition=gpu           # <-- edit
-#SBATCH --nodes=1                 # several: ACCELERATE_CONFIG=accelerate_configs/multi_node.yaml
-#SBATCH --ntasks-per-node=1       # which starts the processes of its node
 #SBATCH --gres=gpu:1              # GPUs of each node; the config has a process for each of them
 #SBATCH --cpus-per-task=8         # for reading and tokenising
 #SBATCH --mem=32G                 # the 7B base passes through it once

@@ -267,7 +267,11 @@ def infer(args, columns, source, base_folder, prompt, decoding, record, stop, no
         )
     )
     progress_bar = tqdm(
-        total=len(articles), initial=parts.num_done, unit=" articles", bar_format=BAR
+        total=len(articles),
+        initial=parts.num_done,
+        unit=" articles",
+        bar_format=BAR,
+        disable=not accelerator.is_main_process,
     )
     stopping = False  # which it is not where all titles are there: then little is left to do
     too_large = {}  # what did not fit into memory

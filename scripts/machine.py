@@ -74,7 +74,7 @@ def main(argv=None):
         problem = f"the config is for {machines} machines and there is one"
         raise UserError(file, problem, f"start it with sbatch --nodes {machines}")
     if not config.get("use_cpu"):
-        check_gpus(file, processes // machines)
+        check_gpus(file, processes // machines, machines)
     if nodes > 1:
         print(f"--num_machines {nodes} --num_processes {processes // machines * nodes}")
 
@@ -145,8 +145,8 @@ def check_devices() -> None:
         )
 
 
-def check_gpus(where: str, wanted: int) -> None:
-    """Refuse to go on with fewer GPUs than `wanted`.
+def check_gpus(where: str, wanted: int, machines: int = 1) -> None:
+    """Refuse to go on with fewer GPUs than `wanted` on each of so many machines.
 
     Raises:
         UserError: as said.
@@ -157,7 +157,11 @@ def check_gpus(where: str, wanted: int) -> None:
     if found < wanted:
         asked = "a GPU" if wanted == 1 else f"{wanted} GPUs"
         there = {0: "there is none", 1: "there is 1"}.get(found, f"there are {found}")
-        advice = f"set num_processes to {found}" if found else "use accelerate_configs/cpu.yaml"
+        advice = (
+            f"set num_processes to {found * machines}"
+            if found
+            else "use accelerate_configs/cpu.yaml"
+        )
         raise UserError(where, f"the config asks for {asked} and {there}", advice)
 
 

@@ -1,5 +1,6 @@
 """Nodes of one job: how long their processes wait for each other, and which node is gone."""
 
+import math
 import os
 import platform
 import sys
@@ -31,8 +32,8 @@ class Nodes:
 
     def __init__(self, timeout: float):
         variables = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-        self.rank, self.size, here = (int(os.environ.get(v, v != "RANK")) for v in variables)
-        self.several = self.size > here
+        self.rank, self.size, self.here = (int(os.environ.get(v, v != "RANK")) for v in variables)
+        self.several = self.size > self.here
         self.period = min(5.0, timeout / 20)  # seconds between two signs of life
         self.silence = 6 * self.period  # after which a process does not live any more
         self.name = os.environ.get("SLURMD_NODENAME") or platform.node()
@@ -97,21 +98,25 @@ class Nodes:
                         counts[rank], self.heard[rank] = count, time.monotonic()
                         if self.names[rank] is None:
                             self.names[rank] = store.get(f"{PREFIX}name{rank}").decode()
+                    if count < 0:  # it is done
+                        self.heard[rank] = math.inf
                 for name in set(self.gone()) - self.noted:
                     self.noted.add(name)
                     note(f"nothing heard from {name} for {self.silence:.0f} s")
             else:
+                store.set(f"{PREFIX}count{self.rank}", str(-(1 << 40)))
                 return
         except Exception:  # whatever a store that is gone makes of it
-            if self.done.is_set():
-                return
-            self._say_that_the_first_is_gone()
-        # The main thread may be in an operation that only ends with its timeout, or never.
+            self.answered = -math.inf  # which matters only once a collective operation fails
+            return
+        # The first process has said what there is to say. Beside it, let it end first; the main
+        # thread may be in an operation that ends with its timeout, or never.
+        time.sleep(6 * self.period * (self.rank < self.here))
         os._exit(1)
 
-    def _say_that_the_first_is_gone(self) -> None:
-        first = os.environ["MASTER_ADDR"]
-        print(f"error: {first}: gone, and the first process with it", file=sys.stderr, flush=True)
+    def _miss_the_first(self) -> None:
+        where, what = os.environ["MASTER_ADDR"], "the first process is there and does not answer"
+        print(f"error: {where}: {what}; {self.name} ends too", file=sys.stderr, flush=True)
 
     def _give_up(self, error) -> None:
         """Say which node is gone, on the first process; end all others, once it has.
@@ -123,11 +128,15 @@ class Nodes:
             # The thread ends this process, unless the store neither answers nor breaks off.
             while time.monotonic() - self.answered < 2 * self.silence:
                 time.sleep(self.period)
-            self._say_that_the_first_is_gone()
+            self._miss_the_first()
             os._exit(1)
         time.sleep(self.silence + 2 * self.period)  # who is alive is heard of in that time
-        names, resumable = self.gone(), self.save()
-        self._store().set(f"{PREFIX}over", "1")
+        names = self.gone()
+        try:
+            resumable = self.save()
+        finally:
+            self._store().set(f"{PREFIX}over", "1")
+            time.sleep(2 * self.period)  # until the others have seen it: the store goes with this
         where = ", ".join(names) or "the network between the nodes"
         problem = "gone in the middle of the run" if names else first_line(error)
         if resumable:

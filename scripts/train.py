@@ -201,6 +201,7 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
         kwargs_handlers=process_group(args.ddp_timeout),
     )
     sharded = turn_on(accelerator, plugin)
+    print_once = accelerator.on_main_process(print)  # its own print() does so once per node
     torch.backends.cuda.matmul.fp32_precision = "tf32"  # for what stays in fp32
 
     # ------------------------------------------------------------------ articles
@@ -243,7 +244,7 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
     plan = describe_plan(
         args, accelerator, base, lora_config, prompt, checked, lengths, schedule, memory
     )
-    accelerator.print(plan, flush=True)
+    print_once(plan, flush=True)
 
     # ------------------------------------------------------------------ 4-bit base
     # NF4 with double quantization, multiplied in bf16: asked for by `nf4_config` in modeling.py,
@@ -299,7 +300,7 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
     on_main_process(accelerator, write_run, output_dir, run_config, prompt.tokenizer, state)
     accelerator.init_trackers("manchette", {k: str(v) for k, v in vars(args).items()})
     if accelerator.device.type == "cuda":
-        accelerator.print(f"{'loaded':10} {describe_peak(accelerator.device)}")
+        print_once(f"{'loaded':10} {describe_peak(accelerator.device)}")
 
     # ------------------------------------------------------------------ train
     def milestone(step: int) -> bool:
@@ -320,7 +321,12 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
 
     stop.listen()  # from here on there is something to lose
     model.train()
-    progress_bar = tqdm(total=num_training_steps, initial=state["completed_steps"], unit="update")
+    progress_bar = tqdm(
+        total=num_training_steps,
+        initial=state["completed_steps"],
+        unit="update",
+        disable=not accelerator.is_main_process,
+    )
     recent = deque(maxlen=PACE)
     stopping = False
     if state["evaluated_steps"] < state["completed_steps"] and milestone(state["completed_steps"]):
@@ -394,7 +400,7 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
         progress_bar.update()
         recent.append(metrics)
         if step == first_step + PACE and step + 1 < num_training_steps:  # the first is a warm-up
-            accelerator.print(describe_time(recent, lengths, step + 1, schedule))
+            print_once(describe_time(recent, lengths, step + 1, schedule))
         state["completed_steps"] = step + 1
         state["skipped_in_a_row"] = 0 if finite else state["skipped_in_a_row"] + 1
         if not finite:
@@ -420,13 +426,13 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if stopping:
-        accelerator.print(
+        print_once(
             f"stopped after update {state['completed_steps']:,} of {num_training_steps:,}, with a "
             "checkpoint; the same command with --resume_from_checkpoint latest goes on"
         )
         return STOPPED
 
-    accelerator.print(
+    print_once(
         f"done: {output_dir}; {state['skipped_steps']:,} updates skipped, peak memory "
         f"{describe_peak(accelerator.device)}"
     )
@@ -501,9 +507,11 @@ def evaluate(accelerator, model, make_batch, prompt, articles, args, state, stop
         log_titles(accelerator, titles[:LOGGED_TITLES], state["completed_steps"])
         for prediction, reference in titles[:3]:
             shown = f"\n  written: {printable(prediction)}\n  true:    {printable(reference)}"
-            accelerator.print(shown)
+            accelerator.on_main_process(print)(shown)
     log_metrics(accelerator, Path(args.output_dir), {"step": state["completed_steps"]} | figures)
-    accelerator.print(", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+    accelerator.on_main_process(print)(
+        ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+    )
     by_loss = args.metric_for_best_model == "loss"
     value = figures["eval_loss"] if by_loss else -figures["eval_rougeL"]  # lower is better
     if math.isfinite(value) and (state["best_value"] is None or value < state["best_value"]):

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-for name in ("EXIT_CODE_FILE", "RANK", "SLURM_SUBMIT_DIR"):
+for name in ("EXIT_CODE_FILE", "RANK", "SLURM_SUBMIT_DIR", "SLURM_NNODES"):
     os.environ.pop(name, None)
 
 import pytest  # noqa: E402

@@ -497,7 +497,8 @@ CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 
 
 def test_there_are_the_configs_that_the_readme_names():
-    assert {path.stem for path in CONFIGS} == {"cpu", "single_gpu", "multi_gpu", "fsdp"}
+    names = {"cpu", "single_gpu", "multi_gpu", "multi_node", "fsdp"}
+    assert {path.stem for path in CONFIGS} == names
 
 
 @pytest.mark.parametrize("gpus", [0, 1, 2, 8])
@@ -558,6 +559,47 @@ def test_processes_of_a_machine_share_its_memory(monkeypatch):
     assert machine.free_memory(cpu) == 3 << 30
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     assert machine.free_memory(cpu) == 1 << 30
+
+
+@pytest.mark.parametrize("hosts", ["node7\nnode9", ""])
+def test_in_a_job_of_several_nodes_srun_starts_accelerate_on_each(launch, tmp_path, hosts):
+    """Each with its own number, the first one's address and a port of the job's."""
+    stubs = {"scontrol": f"echo '{hosts}'", "srun": f'printf "%s\\n" "$*" >> {tmp_path}/srun'}
+    # What is known on a node alone must not have been filled in where srun is called.
+    stubs["srun"] += """
+while [[ "$1" == -* ]]; do shift; done
+for id in 0 1; do SLURM_NODEID=$id "$@" || code=$?; done
+exit "${code:-0}"
+"""
+    stubs["python"] = f'case "$*" in *machine.py*) exec {sys.executable} "$@";; esac'
+    for name, text in stubs.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    config = yaml.safe_load((ROOT / "accelerate_configs/multi_node.yaml").read_text())
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config | {"use_cpu": True}))
+    settings = REAL | {"ACCELERATE_CONFIG": str(tmp_path / "c.yaml"), "SLURM_NODEID": "0"}
+    settings |= {"SLURM_JOB_ID": "50007", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[7,9]"}
+    settings |= {"SLURM_CPUS_PER_TASK": "8"}
+    if not hosts:
+        launched, _ = launch(ROOT / "run_train.sh", code=2, **settings)
+        assert launched == []
+        return
+    launched, _ = launch(ROOT / "run_train.sh", "--lora_r", "8", **settings)
+    assert (
+        (tmp_path / "srun")
+        .read_text()
+        .startswith("--ntasks-per-node=1 --kill-on-bad-exit=0 --cpus-per-task=8 bash -c ")
+    )
+    assert len(launched) == 2
+    for number, argv in enumerate(launched):
+        script = argv.index("scripts/train.py")
+        assert argv[:script] == [
+            *("launch", "--quiet", "--config_file", str(tmp_path / "c.yaml")),
+            *("--machine_rank", str(number), "--num_machines", "2", "--num_processes", "2"),
+            *("--main_process_ip", "node7", "--main_process_port", "20007"),
+        ]
+        assert train.parse_args(argv[script + 1 :]).lora_r == 8
+    assert not list(ROOT.glob("slurm-50007.*"))
 
 
 def test_full_shared_memory_is_refused_where_several_gpus_need_it(monkeypatch, tmp_path):

@@ -1,0 +1,194 @@
+"""What an Accelerate config may ask for. Run: python -m pytest tests/test_machine.py
+
+Whether its GPUs are there is tested in test_launchers.py.
+"""
+
+import contextlib
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT, SCRIPTS
+
+import machine
+from exit_codes import UserError
+
+USE_OURS = "give one of accelerate_configs/"
+DEEPSPEED = "it asks for DeepSpeed, whose ZeRO-3 cannot hold 4-bit weights, which is not supported"
+
+
+@pytest.fixture
+def check(tmp_path, monkeypatch):
+    """Return a function that has a config checked, and returns the complaint."""
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 8)
+    monkeypatch.delenv("SLURM_NNODES", raising=False)
+    file = tmp_path / "config.yaml"
+
+    def run(config="multi_gpu", nodes=None, **changes) -> str | None:
+        content = yaml.safe_load((ROOT / f"accelerate_configs/{config}.yaml").read_text())
+        file.write_text(yaml.safe_dump(content | changes))
+        if nodes:
+            monkeypatch.setenv("SLURM_NNODES", str(nodes))
+        try:
+            machine.main(["--config_file", str(file)])
+        except UserError as error:
+            return str(error).removeprefix(f"{file}: ")
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"distributed_type": "DEEPSPEED"}, DEEPSPEED),
+        ({"deepspeed_config": {"zero_stage": 3}}, DEEPSPEED),
+        ({"distributed_type": "MEGATRON_LM"}, "it asks for Megatron-LM, which is not supported"),
+        ({"distributed_type": "XLA"}, "it asks for TPUs, which is not supported"),
+        (
+            {"distributed_type": "MULTI_CPU"},
+            "it asks for MPI (for CPUs, MULTI_GPU with use_cpu: true does without), which is not "
+            "supported",
+        ),
+        (
+            {"parallelism_config": {"parallelism_config_tp_size": 2}},
+            "it asks for parallelism within a layer or a sequence, which is not supported",
+        ),
+        (
+            {"dynamo_config": {"dynamo_backend": "INDUCTOR"}},
+            "it asks for a compiled model (dynamo), which is not supported",
+        ),
+        ({"fp8_config": {"backend": "TE"}}, "it asks for fp8, which is not supported"),
+        (
+            {"compute_environment": "AMAZON_SAGEMAKER"},
+            "it asks for Amazon SageMaker, which is not supported",
+        ),
+    ],
+)
+def test_what_the_scripts_do_not_do_is_refused(check, changes, problem):
+    assert check(**changes) == f"{problem}; {USE_OURS}"
+
+
+def test_precisions_that_the_scripts_do_not_know_are_refused(check):
+    for precision in ("fp8", "fp16"):
+        assert check(mixed_precision=precision) == (
+            f"it asks for {precision}, and the scripts know bf16 and fp32; leave mixed_precision "
+            "to their option"
+        )
+
+
+def test_what_accelerate_config_itself_writes_is_taken(check):
+    """Its answers to all questions, where none of them asks for anything more."""
+    dump = {"debug": False, "downcast_bf16": "no", "enable_cpu_affinity": False, "gpu_ids": "all"}
+    dump |= {"main_training_function": "main", "mixed_precision": "bf16", "rdzv_backend": "static"}
+    dump |= {"same_network": True, "tpu_env": [], "tpu_use_cluster": False, "tpu_use_sudo": False}
+    dump |= {"dynamo_config": {"dynamo_backend": "NO"}, "fp8_config": {}}
+    assert check(**dump) is None
+
+
+@pytest.mark.parametrize("kind", ["NO", False])  # without quotes, YAML makes the latter of it
+def test_several_processes_of_which_accelerate_would_start_one_are_refused(check, kind):
+    assert check("cpu", distributed_type=kind, num_processes=2) == (
+        "of 2 processes, Accelerate starts one where distributed_type is NO; use "
+        "accelerate_configs/multi_gpu.yaml"
+    )
+
+
+@pytest.mark.parametrize(("nodes", "processes", "options"), [(2, 8, "2 8"), (3, 8, "3 12")])
+def test_the_nodes_of_a_job_take_the_place_of_those_of_the_config(
+    check, capsys, nodes, processes, options
+):
+    assert check("multi_node", nodes, num_processes=processes) is None
+    machines, processes = options.split()
+    printed = capsys.readouterr().out
+    assert printed == f"--num_machines {machines} --num_processes {processes}\n"
+
+
+def test_a_job_with_more_or_fewer_nodes_than_the_config_can_have_is_refused(check, capsys):
+    assert check("multi_node") == (
+        "the config is for 2 machines and there is one; start it with sbatch --nodes 2"
+    )
+    assert check("multi_gpu", nodes=2) == (
+        "the config is for one machine and the job has 2 nodes; use "
+        "accelerate_configs/multi_node.yaml, or one node"
+    )
+    assert check("multi_node", nodes=2, num_processes=3) == (
+        "num_processes is 3, which 2 machines cannot share evenly; give each as many"
+    )
+    assert check("multi_node", nodes=2, num_processes=32) == (
+        "the config asks for 16 GPUs and there are 8; set num_processes to 16"
+    )
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("variables", "complaint"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, f"ACCELERATE_USE_DEEPSPEED: {DEEPSPEED}"),
+        (
+            {"ACCELERATE_USE_MEGATRON_LM": "true"},
+            "ACCELERATE_USE_MEGATRON_LM: it asks for Megatron-LM, which is not supported",
+        ),
+        (
+            {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"},
+            "ACCELERATE_USE_PARALLELISM_CONFIG: it asks for parallelism within a layer or a "
+            "sequence, which is not supported",
+        ),
+        (
+            {"ACCELERATE_MIXED_PRECISION": "fp8"},
+            "ACCELERATE_MIXED_PRECISION: fp8 is not supported",
+        ),
+        (
+            {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"},
+            "ACCELERATE_DYNAMO_BACKEND: it asks for a compiled model (dynamo), which is not "
+            "supported",
+        ),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}, None),
+        ({"ACCELERATE_USE_DEEPSPEED": "false"}, None),
+    ],
+)
+def test_whoever_launches_otherwise_is_told_the_same(monkeypatch, variables, complaint):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if complaint is None:
+        machine.check_devices()
+        return
+    with pytest.raises(UserError) as error:
+        machine.check_devices()
+    assert str(error.value) == f"{complaint}; {USE_OURS}"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "processes", "refused"),
+    [("2", None, True), ("2", "1", True), ("2", "2", False), ("1", None, False), ("", "1", False)],
+)
+def test_a_world_of_one_on_each_of_several_nodes_is_refused(monkeypatch, nodes, processes, refused):
+    monkeypatch.setenv("SLURM_NNODES", nodes)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if processes:
+        monkeypatch.setenv("WORLD_SIZE", processes)
+    with pytest.raises(UserError) if refused else contextlib.nullcontext() as error:
+        machine.check_devices()
+    if refused:
+        assert str(error.value) == (
+            "SLURM_NNODES: the job has 2 nodes, and this run 1 process(es); start it by the "
+            "launchers, or with SLURM_NNODES=1 on this node alone"
+        )
+
+
+def test_no_complaint_waits_for_torch(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("distributed_type: DEEPSPEED\nnum_processes: 2\n")
+    code = f"import sys; sys.path.insert(0, {str(SCRIPTS)!r}); import machine, exit_codes\n"
+    code += f"try: machine.main(['--config_file', {str(file)!r}])\n"
+    code += "except exit_codes.UserError: sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_model_is_never_spread_over_devices_by_itself():
+    """One process, one device: `device_map="auto"` under several would be another run."""
+    text = "\n".join(path.read_text() for path in SCRIPTS.glob("*.py"))
+    assert text.count("device_map=") == 1
+    assert 'device_map={"": device}' in text
