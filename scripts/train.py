@@ -166,6 +166,10 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop):
     )
     from memory import describe_peak, peak_memory, plan_memory
     from modeling import (
+        base_config,
+        check_layers,
+        check_lora,
+        check_positions,
         check_targets,
         checkpoint_layers,
         dequantize_base,
@@ -211,6 +215,9 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop):
     schedule = (num_training_steps, updates_per_epoch, num_warmup_steps)
     dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
     base = skeleton(str(base_folder), dtype)
+    base_config(str(base_folder), tell=True)
+    check_layers(base, args.model_name_or_path, args.base_weights != "bf16", lora=True)
+    check_positions(base, args.max_length)
     lora_config = LoraConfig(
         task_type="CAUSAL_LM",
         r=args.lora_r,
@@ -218,6 +225,7 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop):
         lora_dropout=args.lora_dropout,
         target_modules=check_targets(base, args.target_modules),
     )
+    check_lora(base, lora_config)
     micro_batch = largest_micro_batch(lengths, args, accelerator.num_processes, num_training_steps)
     memory = plan_memory(base, lora_config, args, accelerator.device, micro_batch)
     run_config["memory"] = memory
