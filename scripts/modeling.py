@@ -151,9 +151,8 @@ def check_layers(model, folder: str, nf4: bool, lora: bool) -> None:
             folder, f"its {kind} layers cannot be stored in 4 bits", "give --base_weights bf16"
         )
     if nf4:
-        known = {id(p) for layer in layers.values() for p in layer.parameters()}
-        known |= {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-        known |= {id(p) for p in model.get_output_embeddings().parameters()}
+        plain = (torch.nn.Embedding, torch.nn.Linear)  # the head among them
+        known = {id(p) for m in model.modules() if isinstance(m, plain) for p in m.parameters()}
         rest = {name: p.numel() for name, p in model.named_parameters() if id(p) not in known}
         if (share := sum(rest.values()) / model.num_parameters()) > 0.1:
             note(
