@@ -24,7 +24,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 import packing
-from exit_codes import LoneError, note
+from exit_codes import LoneError, UserError, note
 from machine import free_memory
 from prompting import Ends
 
@@ -329,9 +329,18 @@ def generate_continuously(
 
 @contextmanager
 def sdpa_attention(model):
-    """Set the attention that continuous batching knows, and the one of before afterwards."""
+    """Set the attention that continuous batching knows, and the one of before afterwards.
+
+    Raises:
+        UserError: this model has none such.
+    """
     before = model.config._attn_implementation
-    model.set_attn_implementation("sdpa")
+    try:
+        model.set_attn_implementation("sdpa")
+    except ValueError:
+        raise UserError(
+            "--engine continuous", "it does not know this model's attention", "leave it out"
+        ) from None
     try:
         yield
     finally:

@@ -452,7 +452,14 @@ def load(source: dict, base_folder: Path, prompt, decoding: Decoding, timeout: f
     import torch
     from accelerate import Accelerator
 
-    from modeling import attach_adapter, dequantize_base, load_base
+    from modeling import (
+        attach_adapter,
+        check_layers,
+        check_positions,
+        dequantize_base,
+        load_base,
+        skeleton,
+    )
     from packing import use_packed_attention
 
     nf4 = source["weights"] in ("nf4", "nf4-bf16")
@@ -462,6 +469,10 @@ def load(source: dict, base_folder: Path, prompt, decoding: Decoding, timeout: f
     accelerator = Accelerator(
         mixed_precision="bf16" if autocast else "no", kwargs_handlers=process_group(timeout)
     )
+    longest = prompt.max_length - prompt.max_title_tokens + decoding.max_new_tokens
+    empty = skeleton(str(base_folder), dtype)
+    check_layers(empty, source["model"], nf4, lora=bool(source["adapter"]))
+    check_positions(empty, longest)
     model = load_base(str(base_folder), accelerator.device, dtype, nf4)
     dequantized = None
     if nf4:
@@ -473,9 +484,7 @@ def load(source: dict, base_folder: Path, prompt, decoding: Decoding, timeout: f
         if source["weights"] == "nf4-bf16" or roomy:
             dequantize_base(model)
             dequantized = f"4-bit weights dequantized once, to {size / 2**30:.1f} GiB: faster"
-    use_packed_attention(
-        model, prompt.max_length - prompt.max_title_tokens + decoding.max_new_tokens
-    )
+    use_packed_attention(model, longest)
     if source["adapter"]:
         model = attach_adapter(model, source["adapter"])
     if dequantized:  # told once nothing is left to complain of

@@ -146,7 +146,7 @@ def main(argv=None):
             "adapter_step": adapter_step,
             "merge_versions": versions(),
         }
-        unknown = {name for name, _ in weights.model.named_parameters()} - weights.files.keys()
+        unknown = {n for n, _ in weights.model.named_parameters()} - weights.stored.keys()
         if texts and unknown:  # transformers has other names for them once they are loaded
             note(f"no check: {min(unknown)} has another name in the base's files")
         elif texts:
@@ -291,6 +291,16 @@ class Weights:
                     f"says another rank of {layer} than its matrices have",
                     "restore the file",
                 )
+        parameters = dict(self.model.named_parameters())
+        self.stored = {name: name for name in parameters.keys() & self.files.keys()}
+        shapes = shapes_in(weight_files(self.base_folder))
+        renamed = {n: tuple(p.shape) for n, p in parameters.items() if n not in self.files}
+        left = {n: shapes[n] for n in self.files if n not in parameters}
+        for name, shape in renamed.items():
+            # transformers may rename one as it loads it: it is the only one left of its shape.
+            alike = [n for n in left if left[n] == shape]
+            if len(alike) == 1 and list(renamed.values()).count(shape) == 1:
+                self.stored[name] = alike[0]
         quantized = decoder_linears(self.model) if self.nf4 else {}
         self.quantized = {f"{name}.weight" for name in quantized}
         if missing := self.quantized - self.files.keys():
@@ -484,9 +494,12 @@ def compare_logits(
     for file in weight_files(merged_folder):
         written |= dict.fromkeys(shapes_in([file]), file)
     bases = ("dequantised", "original") if weights.nf4 else ("original",)
-    sources = {None: lambda name: weights.base(name, weights.nf4)}
-    sources |= {which: lambda name, which=which: weights.merged(name, which) for which in bases}
-    sources[base] = lambda name: read_tensor(written[name], name).to(weights.device)
+    stored = weights.stored
+    sources = {None: lambda name: weights.base(stored[name], weights.nf4)}
+    sources |= {
+        which: lambda name, which=which: weights.merged(stored[name], which) for which in bases
+    }
+    sources[base] = lambda name: read_tensor(written[stored[name]], stored[name]).to(weights.device)
     ids, mask = pad_left(prompts, pad_id, weights.device)
     keep = min(CHECK_POSITIONS, ids.shape[1])
     counted = mask[:, -keep:].bool()

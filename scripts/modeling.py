@@ -3,6 +3,7 @@
 Nothing about precision is assumed: what was asked for is checked on the loaded model.
 """
 
+import copy
 import json
 import math
 import re
@@ -15,6 +16,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from exit_codes import UserError, note
@@ -67,6 +69,7 @@ def load_base(
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=base_config(folder),
             output_loading_info=True,
             dtype=dtype,
             device_map={"": "cpu" if shardable else device},
@@ -101,7 +104,7 @@ def skeleton(folder: str, dtype: torch.dtype):
         UserError: transformers cannot make such a model.
     """
     try:
-        config = AutoConfig.from_pretrained(folder, **OWN_FILES_ONLY)
+        config = base_config(folder)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
@@ -109,6 +112,82 @@ def skeleton(folder: str, dtype: torch.dtype):
             folder, f"the model cannot be made ({first_line(error)})", "check its config.json"
         ) from None
     return model.requires_grad_(False)
+
+
+def base_config(folder: str, tell: bool = False):
+    """Return the config of a base without the dropout that some were pretrained with.
+
+    The base is frozen: `--lora_dropout` says all that is dropped. If `tell`, a note does too.
+    """
+    config = AutoConfig.from_pretrained(folder, **OWN_FILES_ONLY)
+    off = []
+    for part in (config, *(part for part in vars(config).values() if hasattr(part, "to_dict"))):
+        for name, value in vars(part).items():
+            number = type(value) in (int, float) and 0 < value <= 1
+            if number and "drop" in name and "classifier" not in name:
+                off.append(f"{name} {value}")
+                setattr(part, name, 0.0)
+    if off and tell:
+        note(f"the base's own dropout is off ({', '.join(off)}), --lora_dropout is all there is")
+    return config
+
+
+def check_layers(model, folder: str, nf4: bool, lora: bool) -> None:
+    """Refuse a base whose layers cannot be stored in NF4, or that LoRA is not made for here.
+
+    Args:
+        model: of `skeleton`.
+        folder: its name.
+        nf4: whether it is to be quantized.
+        lora: whether it is to have an adapter.
+
+    Raises:
+        UserError: as said.
+    """
+    layers = decoder_linears(model)
+    convolutions = any(isinstance(module, Conv1D) for module in model.modules())
+    if lora and (convolutions or not layers):
+        kind = "Conv1D" if convolutions else "not linear"
+        raise UserError(
+            folder, f"its layers are {kind}, to which LoRA is not added here", "use another base"
+        )
+    # bitsandbytes takes the plain kind alone, or what it makes of others has another shape.
+    others = {type(layer).__name__ for layer in layers.values()} - {"Linear"}
+    if nf4 and (others or convolutions or not layers):
+        kind = "Conv1D" if convolutions else min(others, default="other")
+        raise UserError(
+            folder, f"its {kind} layers cannot be stored in 4 bits", "give --base_weights bf16"
+        )
+    if nf4:
+        plain = (torch.nn.Embedding, torch.nn.Linear)  # the head among them
+        known = {id(p) for m in model.modules() if isinstance(m, plain) for p in m.parameters()}
+        rest = {name: p.numel() for name, p in model.named_parameters() if id(p) not in known}
+        if (share := sum(rest.values()) / model.num_parameters()) > 0.1:
+            note(
+                f"{share:.0%} of the weights are in no linear layer, such as "
+                f"{max(rest, key=rest.get)}: they are neither stored in 4 bits nor adapted"
+            )
+
+
+def check_positions(model, longest: int) -> None:
+    """Refuse articles with their titles of more tokens than a base has learnt positions for.
+
+    Other kinds of positions go on for ever, further than the base was trained: a note says so.
+
+    Raises:
+        UserError: as said.
+    """
+    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if most is None or longest <= most:
+        return
+    tables = (m for m in model.modules() if isinstance(m, torch.nn.Embedding))
+    words = model.get_input_embeddings()
+    # Some tables have rows before position 0 (OPT: 2).
+    if any(most <= table.num_embeddings <= most + 2 for table in tables if table is not words):
+        raise UserError(
+            f"--max_length {longest}", f"this base has positions for {most} tokens", "give fewer"
+        )
+    note(f"the base was made for {most:,} tokens; articles may have {longest:,} with their titles")
 
 
 def decoder_linears(model) -> dict[str, torch.nn.Module]:
@@ -179,6 +258,21 @@ def keep_input_dtype(model) -> None:
     for module in model.modules():
         if hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = False
+
+
+def check_lora(model, lora_config: LoraConfig) -> None:
+    """Refuse an adapter that PEFT does not add to such a base.
+
+    Args:
+        model: of `skeleton`; it stays as it is.
+
+    Raises:
+        UserError: as said.
+    """
+    try:
+        get_peft_model(copy.deepcopy(model), copy.deepcopy(lora_config))
+    except ValueError as error:
+        raise UserError("--target_modules", first_line(error), "name others") from None
 
 
 def check_targets(model, target_modules: list[str]) -> str | list[str]:

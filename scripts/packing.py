@@ -82,9 +82,12 @@ def use_packed_attention(model, longest: int) -> bool:
     It is tried, for a model may ignore the borders: what it says of the second of two articles must
     be what it says of that one alone, and must not change with the first, not by a bit.
     """
-    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
     if window is not None and window < longest:
         return False  # the articles of a row are attended to without one, but on CUDA
+    if set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
+        return False  # chunks, too, would be of the row
     first, other, second = list(range(7, 19)), list(range(8, 20)), list(range(23, 30))
     before = model.config._attn_implementation
 
@@ -99,7 +102,9 @@ def use_packed_attention(model, longest: int) -> bool:
         rows = [pack([article, second], model.device) for article in (first, other)]
         packed = [logits(row, len(first) + len(second) - 1) for row in rows]
         far = (packed[0] - alone).abs().max() > 0.05 * alone.abs().max()  # roundings apart
-        if torch.equal(*packed) and not far:
+        # Some models have attention of their own, under which a mask has the square of the row.
+        taken = model.config._attn_implementation == PACKED
+        if taken and torch.equal(*packed) and not far:
             return True
     except (ValueError, TypeError, RuntimeError, IndexError):  # not made for it
         pass

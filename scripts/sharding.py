@@ -86,7 +86,7 @@ def layers_of(model) -> list:
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
-def check_layers(model, folder) -> None:
+def check_shardable(model, folder) -> None:
     """Refuse a model that does not say what its layers are.
 
     Raises:

@@ -176,6 +176,10 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
     )
     from memory import describe_peak, peak_memory, plan_memory
     from modeling import (
+        base_config,
+        check_layers,
+        check_lora,
+        check_positions,
         check_targets,
         checkpoint_layers,
         dequantize_base,
@@ -185,7 +189,7 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
     )
     from packing import use_packed_attention
     from plan import PACE, describe_plan, describe_time, largest_micro_batch, measure_lengths
-    from sharding import Whole, check_layers, fsdp_plugin, shard, turn_on
+    from sharding import Whole, check_shardable, fsdp_plugin, shard, turn_on
 
     # ------------------------------------------------------------------ accelerator and seed
     # The update is spelled out below. Accelerate must not count micro-batches of its own, which
@@ -227,8 +231,11 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
     schedule = (num_training_steps, updates_per_epoch, num_warmup_steps)
     dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
     base = skeleton(str(base_folder), dtype)
+    base_config(str(base_folder), tell=True)
+    check_layers(base, args.model_name_or_path, args.base_weights != "bf16", lora=True)
+    check_positions(base, args.max_length)
     if sharded:
-        check_layers(base, base_folder)
+        check_shardable(base, base_folder)
     lora_config = LoraConfig(
         task_type="CAUSAL_LM",
         r=args.lora_r,
@@ -236,6 +243,7 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
         lora_dropout=args.lora_dropout,
         target_modules=check_targets(base, args.target_modules),
     )
+    check_lora(base, lora_config)
     micro_batch = largest_micro_batch(lengths, args, accelerator.num_processes, num_training_steps)
     shards = accelerator.num_processes if sharded else 1
     memory = plan_memory(base, lora_config, args, accelerator.device, micro_batch, shards)

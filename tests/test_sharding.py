@@ -278,7 +278,7 @@ def test_a_single_process_of_no_launcher_is_refused(tiny_model, rows_17, tmp_pat
 
 def test_a_model_that_does_not_name_its_layers_is_refused():
     with pytest.raises(UserError, match="base: Linear does not name its layers"):
-        sharding.check_layers(torch.nn.Linear(1, 1), "base")
+        sharding.check_shardable(torch.nn.Linear(1, 1), "base")
 
 
 # ---------------------------------------------------------------------- in step

@@ -1,0 +1,292 @@
+"""Bases of other families than Llama, with random weights, through the scripts as they are.
+
+What is compared with is plain transformers: one article at a time, without padding, by the
+attention that is written out (eager). Run: python -m pytest tests/test_families.py
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import byte_level_tokenizer, call, french_rows, read_csv, train_args, write_csv
+from transformers import AutoModelForCausalLM, StoppingCriteriaList
+
+import infer
+import merge
+import modeling
+import packing
+import score
+import train
+from batching import pack, pad_left
+from decoding import LineEnd, generate_continuously, greedy
+from exit_codes import UserError
+from prompting import Example, Prompt, load_tokenizer
+
+CPU = torch.device("cpu")
+SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA = SIZES | {"intermediate_size": 128, "num_key_value_heads": 2, "max_position_embeddings": 512}
+GEMMA = LLAMA | {"head_dim": 32, "query_pre_attn_scalar": 16}
+CAPS = {"attn_logit_softcapping": 1.0, "final_logit_softcapping": 5.0}
+BOTH = {"layer_types": ["sliding_attention", "full_attention"]}
+
+
+@dataclass
+class Family:
+    """A config of transformers, and whether its articles lie in packed rows."""
+
+    config: str
+    settings: dict = field(default_factory=lambda: LLAMA)
+    packed: bool = True
+
+
+FAMILIES = {
+    "qwen2, biases": Family("Qwen2Config"),
+    "qwen2, a window in one layer": Family(
+        "Qwen2Config",
+        LLAMA | {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+        packed=False,
+    ),
+    "qwen3, norms of queries and keys": Family("Qwen3Config", LLAMA | {"head_dim": 32}),
+    "mistral, a window": Family("MistralConfig", LLAMA | {"sliding_window": 16}, packed=False),
+    "gemma, scaled embeddings": Family("GemmaConfig", LLAMA | {"head_dim": 32}),
+    "gemma2, soft caps": Family("Gemma2Config", GEMMA | CAPS | {"sliding_window": 16}, False),
+    "gemma3, windows": Family("Gemma3TextConfig", GEMMA | BOTH | {"sliding_window": 16}, False),
+    "gemma3, wide windows": Family("Gemma3TextConfig", GEMMA | BOTH | {"sliding_window": 500}),
+    "gpt_neox, dropout": Family("GPTNeoXConfig", SIZES | {"attention_dropout": 0.3}),
+    "opt, learned positions": Family(
+        "OPTConfig",
+        SIZES | {"ffn_dim": 128, "word_embed_proj_dim": 64, "max_position_embeddings": 512},
+    ),
+    "phi3, fused projections": Family("Phi3Config"),
+    "bloom, alibi": Family("BloomConfig", {"hidden_size": 64, "n_layer": 2, "n_head": 4}, False),
+    "gpt_oss, sinks": Family(
+        "GptOssConfig",
+        LLAMA
+        | {"head_dim": 16, "sliding_window": 16}
+        | {"num_local_experts": 2, "num_experts_per_tok": 1},
+        packed=False,
+    ),
+    "gpt_neo, its own attention": Family(
+        "GPTNeoConfig",
+        {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "window_size": 16}
+        | {"attention_types": [[["global", "local"], 1]], "max_position_embeddings": 512},
+        packed=False,
+    ),
+}
+WITHOUT_LORA = {
+    "gpt2": Family("GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512}),
+    "falcon": Family("FalconConfig", SIZES | {"alibi": False, "new_decoder_architecture": False}),
+    "mamba": Family("MambaConfig", {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}),
+}
+
+
+def tokenizer_for(family: Family):
+    """Return the tests' tokenizer, in Qwen2's own class for Qwen2, which no other may stand for."""
+    tokenizer = byte_level_tokenizer()
+    if family.config != "Qwen2Config":
+        return tokenizer
+    bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    ends = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "unk_token": "<|endoftext|>"}
+    merges = [tuple(pair) for pair in bpe["merges"]]
+    return transformers.Qwen2Tokenizer(vocab=bpe["vocab"], merges=merges, **ends)
+
+
+def save(family: Family, folder: Path, **changes) -> Path:
+    """Write a random model of a family; norms and biases are random too, for they may get lost."""
+    tokenizer = tokenizer_for(family)
+    ids = {key: getattr(tokenizer, key) for key in ("eos_token_id", "pad_token_id")}
+    deviation = {"init_std" if family.config == "OPTConfig" else "initializer_range": 0.1}
+    config = getattr(transformers, family.config)(
+        vocab_size=len(tokenizer), **ids, **deviation, **family.settings | changes
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def base(request, tmp_path_factory) -> tuple[Family, Path]:
+    family = FAMILIES[request.param]
+    return family, save(family, tmp_path_factory.mktemp("base") / "model")
+
+
+def plain(folder: Path):
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+
+
+def some_ids(length: int) -> list[int]:
+    generator = torch.Generator().manual_seed(length)
+    return torch.randint(5, 300, (length,), generator=generator).tolist()
+
+
+def logits(model, ids: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
+
+
+def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def test_losses_are_those_of_single_articles(base):
+    family, folder = base
+    examples = [Example(some_ids(length), length - 5, False) for length in (30, 9, 47)]
+    expected, reference = 0.0, plain(folder)
+    for example in examples:
+        of_title = logits(reference, example.ids)[example.num_prompt_ids - 1 : -1]
+        titles = torch.tensor(example.ids[example.num_prompt_ids :])
+        expected += torch.nn.functional.cross_entropy(of_title, titles, reduction="sum").item()
+    model = modeling.load_base(str(folder), CPU, torch.float32, nf4=False)
+    with torch.no_grad():
+        assert train.title_loss(model, pad_left(examples, CPU)).item() == pytest.approx(expected)
+        assert packing.use_packed_attention(model, 64) == family.packed
+        if family.packed:
+            model.train()  # in which the base's own dropout would be on
+            assert train.title_loss(model, pack(examples, CPU)).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_titles_of_a_batch_are_those_of_plain_generate(base, num_beams):
+    _, folder = base
+    texts = [row["text"] for row in french_rows(5, seed=5, longest=50)]
+    reference, tokenizer = plain(folder), load_tokenizer(str(folder))
+    prompt = Prompt(tokenizer, "{article}\nTitre :", False, 160, 12)
+    model = modeling.load_base(str(folder), CPU, torch.float32, nf4=False)
+    packing.use_packed_attention(model, 160)
+    prompts, expected = [prompt.encode(text).ids for text in texts], []
+    ends = prompt.ends(reference.generation_config)
+    for ids in prompts:
+        new = reference.generate(
+            input_ids=torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+            generation_config=greedy(ends, 12, num_beams=num_beams),
+            stopping_criteria=StoppingCriteriaList([LineEnd(ends, len(ids))]),
+        )[0, len(ids) :]
+        expected.append(infer.read_title(prompt, ends, ends.cut(new.tolist())))
+    assert infer.generate_batch(model, prompt, prompts, infer.Decoding(12, num_beams)) == expected
+
+
+def test_through_all_steps(base, tmp_path, capsys):
+    """Train, infer, merge into either base, infer merged, score; in fp32, where all is equal."""
+    family, folder = base
+    for number, name in enumerate(("train", "validation"), start=1):
+        write_csv(tmp_path / f"{name}.csv", french_rows(4, seed=number, longest=30))
+    run = tmp_path / "run"
+    more = ("--mixed_precision", "no", "--max_grad_norm", "1", "--num_eval_titles", "1")
+    call(train.main, *train_args(folder, tmp_path, run, *more, "--learning_rate", "0.03"))
+    said = capsys.readouterr().out
+    assert ("this model takes no packed rows" in said) != family.packed
+    assert ("attention_dropout 0.3" in said) == ("attention_dropout" in family.settings)
+    assert ("such as model.layers.0.mlp.experts" in said) == (family.config == "GptOssConfig")
+    bases = ("dequantised", "original")
+    for model in ("run", *bases):
+        if model != "run":
+            options = ("--base", model, "--check_rows", "2")
+            call(merge.main, "--run_dir", run, "--output_dir", tmp_path / model, *options)
+        files = ("--input_file", tmp_path / "validation.csv")
+        output = ("--output_file", tmp_path / f"{model}.csv")
+        call(infer.main, "--run_dir", tmp_path / model, *files, *output)
+    assert read_csv(tmp_path / "dequantised.csv") == read_csv(tmp_path / "run.csv")
+
+    # By PEFT, on either base, against plain transformers on the merged folders.
+    ids = some_ids(40)
+    for which in bases:
+        model = modeling.load_base(str(folder), CPU, torch.float32, nf4=which == "dequantised")
+        if which == "dequantised":
+            modeling.dequantize_base(model)
+        untuned = logits(model, ids)
+        expected = logits(modeling.attach_adapter(model, str(run)), ids)
+        assert difference(untuned, expected) > 0.05
+        assert difference(logits(plain(tmp_path / which), ids), expected) < 1e-5
+        check = json.loads((tmp_path / which / "run_config.json").read_text())["merge_check"]
+        assert (check["relative_difference"] < 1e-5) == (which == "dequantised")
+    scored = ["--references", tmp_path / "validation.csv", "--output_dir", tmp_path / "scores"]
+    predictions = [tmp_path / f"{model}.csv" for model in ("run", *bases)]
+    assert score.main([*map(str, scored), "--predictions", *map(str, predictions)]) == 0
+
+
+# ---------------------------------------------------------------------- what cannot be done
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("gpt2", (), "{base}: its layers are Conv1D, to which LoRA is not added here; use another"),
+        ("falcon", (), "{base}: its FalconLinear layers cannot be stored in 4 bits; give --base_"),
+        ("mamba", (), "--target_modules: [PEFT:PeftType.LORA] Module 'out_proj' is incompatible"),
+    ],
+)
+def test_what_lora_is_not_made_for_is_refused_before_it_is_loaded(
+    name, options, message, news, tmp_path, monkeypatch
+):
+    folder = save(WITHOUT_LORA[name], tmp_path / "base")
+    monkeypatch.setattr(modeling, "load_base", None)
+    with pytest.raises(UserError) as error:
+        call(train.main, *train_args(folder, news, tmp_path / "run", *options))
+    assert str(error.value).startswith(message.format(base=folder))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_has_no_lora_writes_titles_as_it_is(news, tmp_path):
+    folder = save(WITHOUT_LORA["gpt2"], tmp_path / "base")
+    files = ("--input_file", news / "test.csv", "--output_file", tmp_path / "out.csv")
+    lengths = ("--max_length", "200", "--max_new_tokens", "12")
+    arguments = ("--model_name_or_path", folder, *files, *lengths)
+    with pytest.raises(UserError, match="its Conv1D layers cannot be stored in 4 bits; give --bas"):
+        call(infer.main, *arguments)
+    call(infer.main, *arguments, "--base_weights", "fp32")
+    assert len(read_csv(tmp_path / "out.csv")) == 9
+
+
+def test_falcon_goes_through_training_unquantized(news, tmp_path):
+    folder = save(WITHOUT_LORA["falcon"], tmp_path / "base")
+    more = ("--base_weights", "bf16", "--max_train_steps", "1")
+    call(train.main, *train_args(folder, news, tmp_path / "run", *more))
+    call(merge.main, "--run_dir", tmp_path / "run", "--output_dir", tmp_path / "merged")
+    check = json.loads((tmp_path / "merged/run_config.json").read_text())["merge_check"]
+    assert check["relative_difference"] < 0.03
+
+
+def test_more_tokens_than_learned_positions_are_refused(news, tmp_path, capsys):
+    short = {"max_position_embeddings": 128}
+    folder = save(FAMILIES["opt, learned positions"], tmp_path / "opt", **short)
+    message = "--max_length 256: this base has positions for 128 tokens; give fewer"
+    with pytest.raises(UserError, match=message):
+        call(train.main, *train_args(folder, news, tmp_path / "run"))
+    files = ("--input_file", news / "test.csv", "--output_file", tmp_path / "out.csv")
+    with pytest.raises(UserError, match=message):
+        call(infer.main, "--model_name_or_path", folder, *files, "--max_length", "256")
+    call(train.main, *train_args(folder, news, tmp_path / "run", "--max_length", "128"))
+    rotary = save(FAMILIES["qwen3, norms of queries and keys"], tmp_path / "qwen3", **short)
+    capsys.readouterr()
+    modeling.check_positions(modeling.skeleton(str(rotary), torch.float32), 256)
+    assert "made for 128 tokens; articles may have 256 with their titles" in capsys.readouterr().out
+
+
+def test_chunks_are_not_packed(tmp_path):
+    """Their borders would be those of the row; the trial is too short to see it."""
+    folder = save(FAMILIES["qwen3, norms of queries and keys"], tmp_path / "base")
+    model = modeling.load_base(str(folder), CPU, torch.float32, nf4=False)
+    model.config.layer_types = ["full_attention", "chunked_attention"]
+    assert not packing.use_packed_attention(model, 64)
+
+
+def test_continuous_batching_refuses_attention_that_it_does_not_know(tmp_path):
+    folder = save(FAMILIES["gemma2, soft caps"], tmp_path / "base")
+    model = modeling.load_base(str(folder), CPU, torch.float32, nf4=False)
+    prompt = Prompt(load_tokenizer(str(folder)), "{article}\nTitre :", False, 160, 12)
+    ends = prompt.ends(model.generation_config)
+    with pytest.raises(UserError, match="--engine continuous: it does not know this model's att"):
+        next(generate_continuously(model, {"a": some_ids(9)}, ends, 4, 256))
+    assert model.config._attn_implementation == "eager"
