@@ -50,6 +50,7 @@ def plan_memory(
         shards: processes that the model is spread over; what is told is that of each.
 
     Returns:
+        `shards`: as given.
         `checkpointed_every`: N for every Nth layer, 0 for none; as asked for, or the least with
         which the expected peak fits into nine tenths of the memory that nobody else has.
         `estimate`: the peak expected of each of WAYS, in bytes, None where the model does not go
