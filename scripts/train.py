@@ -306,7 +306,9 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
         stopping = not evaluate_and_record(stop.asked_by_others)
     first_step = state["completed_steps"]
     # Should another node be lost, all that was done by then is on the first process.
-    nodes.on_loss(lambda: save_what_is_left(output_dir, unwrapped, paged_adamw, state, first_step))
+    mine = (output_dir, unwrapped, paged_adamw, state, first_step)
+    sharded = accelerator.distributed_type == "FSDP"
+    nodes.on_loss(lambda: save_what_is_left(*mine, sharded))
     for step in range(first_step, num_training_steps):
         if stopping:
             break
