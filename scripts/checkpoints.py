@@ -258,21 +258,22 @@ def give_up(accelerator, output_dir: Path, model, optimizer, state: dict) -> Non
 
 
 def save_what_is_left(
-    output_dir: Path, model, optimizer, state: dict, first_step: int
+    output_dir: Path, model, optimizer, state: dict, first_step: int, sharded: bool
 ) -> str | None:
     """Save the last update, on one process, for the others may be gone; return where that leads.
 
-    None if there was none since the start: then the same command would come no further.
+    None if nothing was saved since the start, `first_step`: the same command would come no further.
+    Where the optimizer is sharded, its other shards are not to be had: older checkpoints count.
 
     Raises:
         UserError: the folder cannot be written.
     """
     completed = state["completed_steps"]
-    if completed == first_step:
-        return None
-    if not checkpoint_folder(output_dir, completed).exists():
+    missing = not checkpoint_folder(output_dir, completed).exists()
+    if missing and not sharded and completed > first_step:
         save_checkpoint(output_dir, model, optimizer, state)
-    return f"after update {completed:,}"
+    newest = max((int(path.name[5:]) for path in _checkpoints(output_dir)), default=0)
+    return f"after update {newest:,}" if newest > first_step else None
 
 
 def save_adapter(model, state: dict, peak: int, output_dir: Path) -> None:

@@ -82,11 +82,12 @@ def run(main) -> None:
     Under several processes every rank meets the same complaint and only the first one tells it; nor
     do others tell their code, for they may merely have lost the first one.
     """
-    code, tell = BUG, is_first_process()
+    code, tell, lost = BUG, is_first_process(), False
     try:
         code = main() or DONE
     except UserError as error:
-        code = STOPPED if isinstance(error, LostNode) else USER_ERROR
+        lost = isinstance(error, LostNode)  # which may have said itself why it went
+        code = STOPPED if lost else USER_ERROR
         tell = tell or isinstance(error, LoneError)
         # What the frames hold goes now: a progress bar prints itself once more when it does.
         traceback.clear_frames(error.__traceback__)
@@ -102,13 +103,12 @@ def run(main) -> None:
             code = BUG
     finally:
         if tell and (file := os.environ.get("EXIT_CODE_FILE")):
-            _leave_code(Path(file), code)
+            _leave_code(Path(file), code, gives_way=lost or code == BUG)
     sys.exit(code)
 
 
-def _leave_code(file: Path, code: int) -> None:
-    """Write a code for the launchers, but over what another process has told neither that of a bug
-    nor that of a process which has lost just that other one."""
+def _leave_code(file: Path, code: int, gives_way: bool) -> None:
+    """Write a code for the launchers, unless it gives way and another process has told one."""
     with suppress(OSError):  # a full disk is what may have to be told
-        if code not in (BUG, STOPPED) or not file.exists() or not file.read_text():
+        if not gives_way or not file.exists() or not file.read_text():
             file.write_text(f"{code}\n")

@@ -15,7 +15,7 @@ else
   HOSTS="$(scontrol show hostnames "$SLURM_JOB_NODELIST" || true)"
   [ -n "$HOSTS" ] || refuse "scontrol: it does not say which nodes the job has; ask who runs SLURM"
   # Without this, srun forgets the job's --cpus-per-task, and may end all nodes with the first one.
-  ON_NODES=(srun --ntasks-per-node=1 --kill-on-bad-exit=0
+  ON_NODES=(srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=0
     ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"})
   # The first process is on the first node; ports from 32768 on are given away by the system.
   RENDEZVOUS=(--main_process_ip "${HOSTS%%$'\n'*}"

@@ -148,7 +148,7 @@ def process_group(timeout: float) -> list:
     """Return what `Accelerator` takes as `kwargs_handlers` for this timeout in seconds."""
     from accelerate.utils import InitProcessGroupKwargs
 
-    return [InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))]
+    return [InitProcessGroupKwargs(timeout=timedelta(seconds=min(timeout, 1e9)))]
 
 
 def _of_collective(error) -> bool:

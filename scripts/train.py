@@ -341,8 +341,9 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
         # The run was stopped before or in it. Were it to stop for its time again, it never got on.
         stopping = not evaluate_and_record(stop.asked_by_others)
     first_step = state["completed_steps"]
-    if not sharded:  # should another node be lost, all that was done is on the first process
-        nodes.on_loss(lambda: save_what_is_left(output_dir, *saved(), state, first_step))
+    # Should another node be lost, all that was done by then is on the first process.
+    mine = (output_dir, unwrapped, adamw, state, first_step)
+    nodes.on_loss(lambda: save_what_is_left(*mine, sharded))
     for step in range(first_step, num_training_steps):
         if stopping:
             break

@@ -121,3 +121,15 @@ def test_no_file_is_written_where_none_is_asked_for(tmp_path):
 def test_the_codes_are_those_that_the_launchers_and_slurm_know():
     codes = exit_codes.DONE, exit_codes.BUG, exit_codes.USER_ERROR, exit_codes.STOPPED
     assert codes == (0, 1, 2, os.EX_TEMPFAIL)
+
+
+LOST = "raise LostNode('node2', 'gone', 'the same command goes on')"
+
+
+def test_a_lost_node_is_to_be_continued_unless_it_said_why_it_went(tmp_path):
+    done, written = run(LOST, tmp_path)
+    assert (done.returncode, written) == (75, "75\n")
+    assert done.stderr == "error: node2: gone; the same command goes on\n"
+    run("raise WriteError('b', 'full', 'mend it')", tmp_path, RANK="1")
+    done, written = run(LOST, tmp_path)
+    assert (done.returncode, written) == (75, "2\n")

@@ -588,7 +588,9 @@ exit "${code:-0}"
     assert (
         (tmp_path / "srun")
         .read_text()
-        .startswith("--ntasks-per-node=1 --kill-on-bad-exit=0 --cpus-per-task=8 bash -c ")
+        .startswith(
+            "--ntasks=2 --ntasks-per-node=1 --kill-on-bad-exit=0 --cpus-per-task=8 bash -c "
+        )
     )
     assert len(launched) == 2
     for number, argv in enumerate(launched):
