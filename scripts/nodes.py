@@ -76,7 +76,7 @@ class Nodes:
         from torch.distributed import TCPStore
 
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        patience = timedelta(seconds=max(1.0, self.silence))
+        patience = timedelta(minutes=5)  # the first process may have to import torch first
         return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=patience)
 
     def _count(self) -> None:

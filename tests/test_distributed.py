@@ -1,7 +1,7 @@
 """Two processes do what one does. Run: python -m pytest tests/test_distributed.py
 
-Real processes on this machine, over gloo, as `torchrun` starts them (`accelerate launch` starts
-several processes only on GPUs or through MPI).
+Real processes on this machine, over gloo, as `torchrun` starts them: it is what `accelerate launch`
+runs for several. (Through that itself, and on two nodes: tests/test_nodes.py.)
 """
 
 import json
