@@ -452,14 +452,7 @@ def load(source: dict, base_folder: Path, prompt, decoding: Decoding, timeout: f
     import torch
     from accelerate import Accelerator
 
-    from modeling import (
-        attach_adapter,
-        check_layers,
-        check_positions,
-        dequantize_base,
-        load_base,
-        skeleton,
-    )
+    from modeling import attach_adapter, check_kind, dequantize_base, load_base, skeleton
     from packing import use_packed_attention
 
     nf4 = source["weights"] in ("nf4", "nf4-bf16")
@@ -470,9 +463,8 @@ def load(source: dict, base_folder: Path, prompt, decoding: Decoding, timeout: f
         mixed_precision="bf16" if autocast else "no", kwargs_handlers=process_group(timeout)
     )
     longest = prompt.max_length - prompt.max_title_tokens + decoding.max_new_tokens
-    empty = skeleton(str(base_folder), dtype)
-    check_layers(empty, source["model"], nf4, lora=bool(source["adapter"]))
-    check_positions(empty, longest)
+    weightless = skeleton(str(base_folder), dtype)
+    check_kind(weightless, source["model"], nf4, bool(source["adapter"]), longest)
     model = load_base(str(base_folder), accelerator.device, dtype, nf4)
     dequantized = None
     if nf4:

@@ -97,14 +97,16 @@ def load_base(
     return model.eval()
 
 
-def skeleton(folder: str, dtype: torch.dtype):
+def skeleton(folder: str, dtype: torch.dtype, tell: bool = False):
     """Return the model of a folder as `load_base` does, but without weights, on the meta device.
+
+    If `tell`, a note says which dropout of the base is off.
 
     Raises:
         UserError: transformers cannot make such a model.
     """
     try:
-        config = base_config(folder)
+        config = base_config(folder, tell)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
@@ -132,18 +134,25 @@ def base_config(folder: str, tell: bool = False):
     return config
 
 
-def check_layers(model, folder: str, nf4: bool, lora: bool) -> None:
-    """Refuse a base whose layers cannot be stored in NF4, or that LoRA is not made for here.
+def check_kind(model, folder: str, nf4: bool, lora: bool, longest: int) -> None:
+    """Refuse a base of a kind that this does not work with, before it is loaded.
 
     Args:
         model: of `skeleton`.
         folder: its name.
         nf4: whether it is to be quantized.
         lora: whether it is to have an adapter.
+        longest: tokens of an article with its title.
 
     Raises:
-        UserError: as said.
+        UserError: its layers cannot be stored in NF4, LoRA is not made for them here, or it has
+            learnt positions for fewer tokens.
     """
+    _check_layers(model, folder, nf4, lora)
+    _check_positions(model, longest)
+
+
+def _check_layers(model, folder: str, nf4: bool, lora: bool) -> None:
     layers = decoder_linears(model)
     convolutions = any(isinstance(module, Conv1D) for module in model.modules())
     if lora and (convolutions or not layers):
@@ -169,14 +178,8 @@ def check_layers(model, folder: str, nf4: bool, lora: bool) -> None:
             )
 
 
-def check_positions(model, longest: int) -> None:
-    """Refuse articles with their titles of more tokens than a base has learnt positions for.
-
-    Other kinds of positions go on for ever, further than the base was trained: a note says so.
-
-    Raises:
-        UserError: as said.
-    """
+def _check_positions(model, longest: int) -> None:
+    """Positions that were not learnt go on for ever, further than the base was trained: a note."""
     most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if most is None or longest <= most:
         return

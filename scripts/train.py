@@ -176,10 +176,8 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
     )
     from memory import describe_peak, peak_memory, plan_memory
     from modeling import (
-        base_config,
-        check_layers,
+        check_kind,
         check_lora,
-        check_positions,
         check_targets,
         checkpoint_layers,
         dequantize_base,
@@ -230,10 +228,9 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
     num_warmup_steps = math.ceil(args.warmup_ratio * num_training_steps)
     schedule = (num_training_steps, updates_per_epoch, num_warmup_steps)
     dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
-    base = skeleton(str(base_folder), dtype)
-    base_config(str(base_folder), tell=True)
-    check_layers(base, args.model_name_or_path, args.base_weights != "bf16", lora=True)
-    check_positions(base, args.max_length)
+    nf4 = args.base_weights != "bf16"
+    base = weightless = skeleton(str(base_folder), dtype, tell=True)
+    check_kind(base, args.model_name_or_path, nf4, lora=True, longest=args.max_length)
     if sharded:
         check_shardable(base, base_folder)
     lora_config = LoraConfig(
@@ -257,7 +254,6 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
     # ------------------------------------------------------------------ 4-bit base
     # NF4 with double quantization, multiplied in bf16: asked for by `nf4_config` in modeling.py,
     # which infer.py shares, and checked there on every loaded layer.
-    nf4, weightless = args.base_weights != "bf16", base
     base = load_base(str(base_folder), accelerator.device, dtype, nf4, sharded)
     if args.base_weights == "nf4-bf16":
         dequantize_base(base)
