@@ -214,9 +214,7 @@ def test_a_full_memory_changes_nothing_but_the_batches(
 def test_dequantizing_once_on_a_cpu_changes_no_byte(
     predicted, trained, news, tmp_path, monkeypatch, capsys
 ):
-    import decoding
-
-    monkeypatch.setattr(decoding, "free_memory", lambda _: 1)
+    monkeypatch.setattr(infer, "free_memory", lambda _: 1)
     more = ("--max_batch_tokens", str(details(predicted / "adapter.jsonl")[0]["max_batch_tokens"]))
     call(infer.main, "--run_dir", trained, *args_for(news, tmp_path / "tight.csv", *more))
     assert "dequantized" not in capsys.readouterr().out
