@@ -55,6 +55,6 @@ infer adapter --run_dir "$RUN_DIR" "$@"
 python scripts/merge.py --run_dir "$RUN_DIR" --output_dir "$OUTPUT_DIR/merged"
 infer merged --run_dir "$OUTPUT_DIR/merged" "$@"
 NAMES="$(grep -oE -- '--(text|id)_column[ =][^ ]+' <<< "$*" || true)"  # of columns, for both
-python scripts/score.py ${REFERENCES:+--references "$REFERENCES"} --articles "$INPUT_FILE" \
-  --predictions "$OUTPUT_DIR"/{untuned,adapter,merged}.csv --runs "${RUN_DIR%/checkpoints/*}" "$OUTPUT_DIR/merged" \
-  --baselines lead1 first40 ${REFERENCES:+ext-oracle} $NAMES --output_dir "$OUTPUT_DIR"
+python scripts/score.py ${REFERENCES:+--references "$REFERENCES"} --articles "$INPUT_FILE" $NAMES \
+  --predictions "$OUTPUT_DIR"/{untuned,adapter,merged}.csv --output_dir "$OUTPUT_DIR" --baselines \
+  lead1 first40 ${REFERENCES:+ext-oracle} --runs "${RUN_DIR%/checkpoints/*}" "$OUTPUT_DIR/merged"

@@ -191,4 +191,4 @@ def test_a_model_is_never_spread_over_devices_by_itself():
     """One process, one device: `device_map="auto"` under several would be another run."""
     text = "\n".join(path.read_text() for path in SCRIPTS.glob("*.py"))
     assert text.count("device_map=") == 1
-    assert 'device_map={"": device}' in text
+    assert 'device_map={"": ' in text  # one device for all of it

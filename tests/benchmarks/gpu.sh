@@ -14,7 +14,8 @@ OUT="${1:?give a folder}"
 shift
 MODEL="${MODEL:-llama-2-7b}" UPDATES="${UPDATES:-100}" ROWS="${ROWS:-1500}"
 CONFIG="${CONFIG:-accelerate_configs/single_gpu.yaml}"
-REAL=(${TRAIN_ROWS:+--train_rows "$TRAIN_ROWS"} ${VALIDATION_ROWS:+--validation_rows "$VALIDATION_ROWS"})
+REAL=(${TRAIN_ROWS:+--train_rows "$TRAIN_ROWS"})
+REAL+=(${VALIDATION_ROWS:+--validation_rows "$VALIDATION_ROWS"})
 export HF_HUB_OFFLINE=1
 mkdir -p "$OUT"
 
