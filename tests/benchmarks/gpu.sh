@@ -4,7 +4,7 @@
 #   bash tests/benchmarks/gpu.sh OUT                  the tests, then training and titles at 7B
 #   bash tests/benchmarks/gpu.sh OUT train variants   these parts alone
 #   SMOLLM2=FOLDER INF582=FOLDER bash tests/benchmarks/gpu.sh OUT real best    the report's table
-#   (the same with CONFIG=accelerate_configs/cpu.yaml TRAIN_ROWS=16 VALIDATION_ROWS=8 for a try)
+#   (the same with CONFIG=accelerate_configs/cpu.yaml SLICE=8, for a try on a CPU)
 #   MODEL=tiny UPDATES=8 ROWS=6 bash tests/benchmarks/gpu.sh OUT          a try on a CPU
 #
 # OUT gets a JSON for each part, with device, versions and command, and a log.
@@ -14,8 +14,7 @@ OUT="${1:?give a folder}"
 shift
 MODEL="${MODEL:-llama-2-7b}" UPDATES="${UPDATES:-100}" ROWS="${ROWS:-1500}"
 CONFIG="${CONFIG:-accelerate_configs/single_gpu.yaml}"
-REAL=(${TRAIN_ROWS:+--train_rows "$TRAIN_ROWS"})
-REAL+=(${VALIDATION_ROWS:+--validation_rows "$VALIDATION_ROWS"})
+REAL=(${SLICE:+--train_rows "$SLICE" --validation_rows "$SLICE" --test_rows "$SLICE"})
 export HF_HUB_OFFLINE=1
 mkdir -p "$OUT"
 

@@ -38,6 +38,7 @@ def parse_args():
     parser.add_argument("--run_dir", help="of train.py, instead of training")
     parser.add_argument("--train_rows", type=int, help="the first so many (default: all)")
     parser.add_argument("--validation_rows", type=int, help="the first so many (default: all)")
+    parser.add_argument("--test_rows", type=int, help="the first so many (default: all)")
     parser.add_argument("--prompt_file", default=str(ROOT / "prompts/fr.txt"))
     parser.add_argument("--untuned_prompts", nargs="*", help="without fine-tuning (default: that)")
     parser.add_argument("--num_beams", type=int, help="with the adapter, beside greedy titles")
@@ -54,10 +55,12 @@ def main():
     out = Path(args.output_dir)
     out.mkdir(parents=True)
     csv.field_size_limit(2**31 - 1)
-    train, validation = out / "train.csv", out / "validation.csv"
+    train, validation, test = (out / f"{name}.csv" for name in ("train", "validation", "test"))
     if not args.run_dir:
         take(Path(args.data_dir, "train.csv.gz"), train, args.train_rows)
     take(Path(args.data_dir, "validation.csv.gz"), validation, args.validation_rows)
+    if args.submissions:
+        take(Path(args.data_dir, "test_text.csv.gz"), test, args.test_rows)
 
     model = ("--model_name_or_path", args.model, "--max_length", args.max_length)
     read = ("--input_file", validation)
@@ -88,9 +91,8 @@ def main():
     steps["score"] += ["lead1", "first40", "ext-oracle", "--compare_to", "adapter"]
     steps["score"] += ["--runs", run_dir, *(out / f"{base}-model" for base in args.bases)]
     for name in args.submissions:
-        test = ("--input_file", Path(args.data_dir, "test_text.csv.gz"))
         output = ("--output_file", out / f"inf582_test_submission_{name}.csv")
-        steps[f"submit {name}"] = ["infer.py", *ways[name], *test, *output]
+        steps[f"submit {name}"] = ["infer.py", *ways[name], "--input_file", test, *output]
     record = {
         "machine": machine(),
         "command": " ".join(["python", "tests/benchmarks/real_data.py", *sys.argv[1:]]),
