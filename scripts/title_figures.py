@@ -136,8 +136,7 @@ def measure(
             titles = {name: [titles[row] for row, _ in chunk] for name, titles in systems.items()}
             yield [row for row, _ in chunk], ([text for _, text in chunk], true, titles, baselines)
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    processes = min(8, cores)
+    processes = min(8, num_cores())
     if rows * len(figures) < FEW_TITLES:
         processes = 1
     # To a terminal or a log, once it has taken 2 seconds.
@@ -153,6 +152,11 @@ def measure(
     for of_name in figures.values():
         of_name.finish()
     return figures, texts, written
+
+
+def num_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def measure_chunk(articles, references, titles, baselines) -> tuple[dict, dict]:

@@ -5,7 +5,6 @@ python -m pytest tests/test_title_figures.py
 
 import contextlib
 import functools
-import os
 import random
 import signal
 import subprocess
@@ -127,7 +126,7 @@ def test_rows_may_come_in_any_order_and_on_several_processes(monkeypatch):
     assert one["a"].rouge["unicode"]["rouge1"].tolist() == expected
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core starts no others")
+@pytest.mark.skipif(title_figures.num_cores() < 2, reason="one core starts no others")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_no_process_outlives_the_one_that_started_it(tmp_path, number):
     rows = french_rows(3_000, seed=1)
