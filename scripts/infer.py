@@ -257,15 +257,13 @@ def infer(args, columns, source, base_folder, prompt, decoding, record, stop, no
     if parts.num_done:
         note(f"going on after {parts.num_done:,} titles of an earlier run")
     stop.listen()
+
     # Lines are written as they come: should a node be lost, those of the others are not.
-    num_bytes = sum(file.stat().st_size for file in part_files(output_file))
-    nodes.on_loss(
-        lambda: (
-            "after the titles that are there"
-            if sum(file.stat().st_size for file in part_files(output_file)) > num_bytes
-            else None
-        )
-    )
+    def num_bytes() -> int:
+        return sum(file.stat().st_size for file in part_files(output_file))
+
+    before = num_bytes()
+    nodes.on_loss(lambda: "after the titles that are there" if num_bytes() > before else None)
     progress_bar = tqdm(
         total=len(articles),
         initial=parts.num_done,

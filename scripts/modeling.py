@@ -263,17 +263,14 @@ def keep_input_dtype(model) -> None:
             module.cast_input_dtype_enabled = False
 
 
-def check_lora(model, lora_config: LoraConfig) -> None:
-    """Refuse an adapter that PEFT does not add to such a base.
-
-    Args:
-        model: of `skeleton`; it stays as it is.
+def adapted_skeleton(model, lora_config: LoraConfig):
+    """Return a copy of a model of `skeleton` with an adapter.
 
     Raises:
-        UserError: as said.
+        UserError: PEFT adds no such adapter to it.
     """
     try:
-        get_peft_model(copy.deepcopy(model), copy.deepcopy(lora_config))
+        return get_peft_model(copy.deepcopy(model), copy.deepcopy(lora_config))
     except ValueError as error:
         raise UserError("--target_modules", first_line(error), "name others") from None
 

@@ -1,10 +1,7 @@
 """What a training run is about to do, told before anything is loaded."""
 
-import copy
 import math
 from array import array
-
-from peft import get_peft_model
 
 from batching import epoch_order, split_update
 from memory import WAYS
@@ -68,21 +65,17 @@ def largest_micro_batch(lengths: dict, args, num_processes: int, updates: int) -
     return largest
 
 
-def describe_plan(
-    args, accelerator, base, lora_config, prompt, checked, lengths, schedule, memory
-) -> str:
+def describe_plan(args, accelerator, adapted, prompt, checked, lengths, schedule, memory) -> str:
     """Return the lines that are printed before anything is loaded.
 
     Args:
-        base: `modeling.skeleton` of the base.
+        adapted: `modeling.adapted_skeleton` of the base.
         checked: by split, what `check_articles` returned.
         lengths: of `measure_lengths`, for the training articles.
         schedule: the numbers of updates, of updates per epoch, and of those to warm up.
         memory: of `plan_memory`.
     """
-    trainable, parameters = get_peft_model(
-        copy.deepcopy(base), lora_config
-    ).get_nb_trainable_parameters()
+    trainable, parameters = adapted.get_nb_trainable_parameters()
     about = "" if lengths["exact"] else "about "
     validation = checked["validation"].rows if "validation" in checked else 0
     processes, device = accelerator.num_processes, accelerator.device

@@ -176,8 +176,8 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
     )
     from memory import describe_peak, peak_memory, plan_memory
     from modeling import (
+        adapted_skeleton,
         check_kind,
-        check_lora,
         check_targets,
         checkpoint_layers,
         dequantize_base,
@@ -240,15 +240,13 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
         lora_dropout=args.lora_dropout,
         target_modules=check_targets(base, args.target_modules),
     )
-    check_lora(base, lora_config)
+    adapted = adapted_skeleton(base, lora_config)
     micro_batch = largest_micro_batch(lengths, args, accelerator.num_processes, num_training_steps)
     shards = accelerator.num_processes if sharded else 1
     memory = plan_memory(base, lora_config, args, accelerator.device, micro_batch, shards)
     [memory] = broadcast_object_list([memory])  # others may have seen other free memory
     run_config["memory"] = memory
-    plan = describe_plan(
-        args, accelerator, base, lora_config, prompt, checked, lengths, schedule, memory
-    )
+    plan = describe_plan(args, accelerator, adapted, prompt, checked, lengths, schedule, memory)
     print_once(plan, flush=True)
 
     # ------------------------------------------------------------------ 4-bit base

@@ -159,6 +159,15 @@ def tiny_llama2(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def rows_17(tmp_path_factory) -> Path:
+    """17 training rows: the third update of 8 has one article, and the second process none."""
+    folder = tmp_path_factory.mktemp("news17")
+    write_csv(folder / "train.csv", french_rows(17, seed=8))
+    write_csv(folder / "validation.csv", french_rows(7, seed=2))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def news(tmp_path_factory) -> Path:
     """A folder with train.csv (22 rows), validation.csv (7 rows) and test.csv (9, no titles)."""
     folder = tmp_path_factory.mktemp("news")

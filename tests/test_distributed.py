@@ -13,7 +13,7 @@ import sys
 import time
 
 import pytest
-from conftest import SCRIPTS, call, french_rows, read_csv, train_args, write_csv
+from conftest import SCRIPTS, call, read_csv, train_args
 from test_train import EXACT, adapter, difference, metrics, updates
 
 import infer
@@ -34,15 +34,6 @@ def run_on(processes: int, script: str, *argv) -> str:
     )
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
     return result.stdout
-
-
-@pytest.fixture(scope="module")
-def rows_17(tmp_path_factory):
-    """17 training rows: the third update of 8 has one article, and the second process none."""
-    folder = tmp_path_factory.mktemp("news17")
-    write_csv(folder / "train.csv", french_rows(17, seed=8))
-    write_csv(folder / "validation.csv", french_rows(7, seed=2))
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, call, french_rows, read_csv, train_args, write_csv
+from conftest import ROOT, SCRIPTS, call, read_csv, train_args
 from test_train import EXACT, adapter, difference, metrics, updates
 
 import infer
@@ -38,15 +38,6 @@ def launch(script, *argv, processes=2, fails=False, **env) -> str:
     )
     assert (result.returncode != 0) == fails, f"{result.stdout}\n{result.stderr}"
     return result.stdout + result.stderr
-
-
-@pytest.fixture(scope="module")
-def rows_17(tmp_path_factory):
-    """17 training rows: the third update of 8 has one article, and the second process none."""
-    folder = tmp_path_factory.mktemp("news17")
-    write_csv(folder / "train.csv", french_rows(17, seed=8))
-    write_csv(folder / "validation.csv", french_rows(7, seed=2))
-    return folder
 
 
 def split(processes: int) -> tuple:
