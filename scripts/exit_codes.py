@@ -101,9 +101,17 @@ def run(main) -> None:
         if isinstance(code, str):  # sys.exit("what went wrong")
             print(code, file=sys.stderr)
             code = BUG
-    finally:
-        if tell and (file := os.environ.get("EXIT_CODE_FILE")):
-            _leave_code(Path(file), code, gives_way=lost or code == BUG)
+    except Exception:
+        traceback.print_exc()
+    if tell and (file := os.environ.get("EXIT_CODE_FILE")):
+        _leave_code(Path(file), code, gives_way=lost or code == BUG)
+    torch = sys.modules.get("torch")
+    if torch and torch.distributed.is_available() and torch.distributed.is_initialized():
+        # An error left the group of processes as it was. Python would take it down now with its
+        # lock in hand, for which gloo's threads may wait, and neither would ever go on.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 

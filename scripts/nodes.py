@@ -53,9 +53,14 @@ class Nodes:
     def __exit__(self, kind, error, _):
         if not self.several:
             return
-        if kind is not None and issubclass(kind, RuntimeError) and _of_collective(error):
-            self._give_up(error)
-        self.done.set()
+        try:
+            if kind is not None and issubclass(kind, RuntimeError) and _of_collective(error):
+                self._give_up(error)
+        finally:
+            self.done.set()
+            # Were Python to end while the thread talks to the store, it would abort the process:
+            # the work would be done, and its node would count as failed all the same.
+            self.thread.join(self.silence)
 
     def on_loss(self, save: Callable[[], str | None]) -> None:
         """Have the first process call `save()` should a node be lost.

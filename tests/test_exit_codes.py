@@ -67,6 +67,20 @@ def test_a_bug_is_1_with_its_traceback(tmp_path):
     assert written == "1\n"
 
 
+@pytest.mark.parametrize(
+    ("error", "number", "last"),
+    [("UserError('a', 'b', 'c')", 2, "error: a: b; c"), ("KeyError", 1, "KeyError")],
+)
+def test_a_group_of_processes_is_left_as_it_is_after_an_error(tmp_path, error, number, last):
+    """Python takes it down with its lock in hand, for which the group's threads may wait."""
+    group = f"'gloo', 'file://{tmp_path}/store', world_size=1, rank=0"
+    code = f"import atexit, torch; torch.distributed.init_process_group({group}); "
+    code += f"atexit.register(print, 'taken down'); raise {error}"
+    done, written = run(code, tmp_path)
+    assert (done.returncode, written, done.stdout) == (number, f"{number}\n", "")
+    assert done.stderr.splitlines()[-1] == last
+
+
 @pytest.mark.parametrize(("rank", "printed"), [("0", True), ("1", False), ("11", False)])
 def test_only_the_first_process_complains(tmp_path, rank, printed):
     done, written = run("raise UserError('a', 'b', 'c')", tmp_path, RANK=rank)

@@ -10,12 +10,15 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import ROOT, train_args
+
+from nodes import Nodes
 
 SBATCH = """
 import os, pathlib, shutil, subprocess, sys
@@ -147,7 +150,10 @@ class Job:
         return (self.folder / f"log{life}").read_text()
 
     def codes(self) -> list[int]:
-        self.process.wait(timeout=240)
+        try:
+            self.process.wait(timeout=240)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"life {self.lives()} does not end:\n{self.log(self.lives() - 1)}")
         return [int((self.folder / f"code{n}").read_text()) for n in range(self.lives())]
 
     def close(self):
@@ -181,6 +187,35 @@ def ending(run_dir: Path) -> dict:
         if file.suffix in (".safetensors", ".json") and file.name != "run_config.json":
             found[str(file.relative_to(run_dir))] = file.read_bytes()
     return found
+
+
+class SlowStore:
+    """What a process asks of the rendezvous' store, over a slow network."""
+
+    def __init__(self):
+        self.written = []
+
+    def set(self, *_):
+        time.sleep(0.3)
+        self.written.append(threading.current_thread())
+
+    def add(self, *_):
+        return 1
+
+    def check(self, _):
+        return False
+
+
+def test_the_last_sign_of_life_is_given_before_the_process_may_end(monkeypatch):
+    """A process that ends while a thread of it talks to the store is aborted."""
+    for variable, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1}.items():
+        monkeypatch.setenv(variable, str(value))
+    store = SlowStore()
+    monkeypatch.setattr(Nodes, "_store", lambda self: store)
+    with Nodes(timeout=20) as at_work:
+        pass
+    assert store.written == [at_work.thread] * 2  # its name, and that it is done
+    assert not at_work.thread.is_alive()
 
 
 LONG = ("--num_train_epochs", 30, "--checkpointing_steps", 1000, "--save_total_limit", 1)
