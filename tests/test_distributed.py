@@ -202,6 +202,31 @@ def test_both_stop_writing_titles_and_one_goes_on_with_the_same_bytes(
         assert (tmp_path / f"out.{suffix}").read_bytes() == whole
 
 
+def test_titles_go_on_after_a_lost_node_with_the_same_bytes(runs, rows_17, tmp_path):
+    """Each process as if on a node of its own. The one that is left ends its share first."""
+    common = ("--run_dir", runs[0] / "2", "--input_file", rows_17 / "train.csv")
+    common += ("--max_batch_tokens", 200)
+    args = (*common, "--output_file", tmp_path / "out.csv", "--ddp_timeout", 20)
+    first, second = start_two("infer.py", *args, LOCAL_WORLD_SIZE="1", SLURMD_NODENAME="node2")
+    wait_for_lines(tmp_path / "out.part-1.jsonl", 2, (first, second))
+    second.kill()
+    second.communicate()
+    printed = first.communicate(timeout=240)
+    assert first.returncode == STOPPED, printed
+    told = printed[1].splitlines()[-1]
+    assert told.endswith(
+        ": gone in the middle of the run; the same command goes on after the titles that are there"
+    )
+    # Whoever is lost within its first seconds has not yet said its name.
+    assert told.startswith(("error: node2: ", "error: process 1: "))
+    assert not (tmp_path / "out.csv").exists()
+    call(infer.main, *args)
+    call(infer.main, *common, "--output_file", tmp_path / "whole.csv")
+    for suffix in ("csv", "jsonl"):
+        whole = (tmp_path / f"whole.{suffix}").read_bytes()
+        assert (tmp_path / f"out.{suffix}").read_bytes() == whole
+
+
 def test_a_complaint_of_the_first_process_ends_all(tiny_model, rows_17, tmp_path):
     """Of a checkpoint that cannot be written, which only the first process writes."""
     run_dir = tmp_path / "run"
