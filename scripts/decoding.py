@@ -57,7 +57,7 @@ def generate_ids(
     longest, rows, written = sequence.shape[1], list(range(len(prompts))), {}
     line_end = LineEnd(ends, longest)
     in_rounds = options.get("num_beams", 1) == 1 and keeps_plain_cache(model)
-    cache = prefill(model, prompts) if in_rounds else None
+    cache = prefill(model, prompts, max_new_tokens) if in_rounds else None
     min_new_tokens = options.pop("min_new_tokens", None) or 0
     while rows:
         done = sequence.shape[1] - longest
@@ -142,16 +142,54 @@ def keeps_plain_cache(model) -> bool:
     return all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
-def prefill(model, prompts: list[list[int]]) -> DynamicCache:
+class RoomyLayer(DynamicLayer):
+    """A layer of a cache with room for `room` new tokens.
+
+    Its own would copy all that there is, of each sequence, whenever one more token is written.
+    """
+
+    def __init__(self, room: int):
+        super().__init__()
+        self.room = room
+
+    def hold(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
+        """Take tensors of [sequences, key/value heads, tokens and room, head size]."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        self.stored = keys, values
+        self.keys, self.values = (t[:, :, :length] for t in self.stored)
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        start, new = self.get_seq_length(), (key_states, value_states)
+        end = start + key_states.shape[2]
+        if start == 0 or end > self.stored[0].shape[2]:
+            stored = [t.new_zeros(*t.shape[:2], end + self.room, t.shape[3]) for t in new]
+            if start:
+                stored[0][:, :, :start], stored[1][:, :, :start] = self.keys, self.values
+        else:
+            stored = self.stored
+        for target, source in zip(stored, new, strict=True):
+            target[:, :, start:end] = source
+        self.hold(*stored, end)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if length := self.get_seq_length():
+            self.hold(*(t[indices] for t in self.stored), length)
+
+
+def prefill(model, prompts: list[list[int]], room: int) -> DynamicCache:
     """Return the keys and values of all prompts but their last ids, padded on the left.
 
     `generate` goes on from there: it reads the last ids, whose logits are the first that exist.
     Without packed attention, the cache is empty, and `generate` reads the padded prompts itself.
     """
     config = model.config.get_text_config(decoder=True)
+    whole = DynamicCache(config=config)
+    whole.layers = [RoomyLayer(room) for _ in whole.layers]
     if config._attn_implementation != packing.PACKED or min(map(len, prompts)) < 2:
-        return DynamicCache(config=config)
-    longest, padded, row = max(map(len, prompts)) - 1, [], 0
+        return whole
+    longest, row = max(map(len, prompts)) - 1, 0
     while row < len(prompts):
         together = [prompts[row][:-1]]
         while row + len(together) < len(prompts):
@@ -162,20 +200,19 @@ def prefill(model, prompts: list[list[int]]) -> DynamicCache:
         cache = DynamicCache(config=config)
         packed = packing.pack(together, model.device)
         model(**packed, use_cache=True, logits_to_keep=1, **{cache_name(model): cache})
-        for number, layer in enumerate(cache.layers):
+        for layer, target in zip(cache.layers, whole.layers, strict=True):
+            read = layer.keys, layer.values
             if row == 0:
-                shape = (len(prompts), layer.keys.shape[1], longest)
-                padded.append(
-                    [t.new_zeros(*shape, t.shape[-1]) for t in (layer.keys, layer.values)]
-                )
-            for target, source in zip(padded[number], (layer.keys, layer.values), strict=True):
+                size = len(prompts), read[0].shape[1], longest + room
+                target.hold(*(t.new_zeros(*size, t.shape[-1]) for t in read), longest)
+            for stored, states in zip((target.keys, target.values), read, strict=True):
                 start = 0
                 for n, ids in enumerate(together, start=row):
-                    target[n, :, longest - len(ids) :] = source[0, :, start : start + len(ids)]
+                    stored[n, :, longest - len(ids) :] = states[0, :, start : start + len(ids)]
                     start += len(ids)
             layer.keys = layer.values = None  # as soon as they are copied
         row += len(together)
-    return DynamicCache(padded, config=config)
+    return whole
 
 
 # ---------------------------------------------------------------------- memory

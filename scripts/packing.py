@@ -36,6 +36,9 @@ def packed_attention(module, query, key, value, attention_mask, **kwargs):
         if kwargs.get(name) is not None:
             raise ValueError(f"packed attention knows no {name}")
     if borders is None:
+        plain = attention_mask is None or attention_mask.dtype == torch.bool
+        if query.shape[2] == 1 and query.device.type == "cpu" and plain:
+            return attention_of_one_token(query, key, value, attention_mask, kwargs.get("scaling"))
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     window = kwargs.get("sliding_window")
     if query.is_cuda and query.dtype != torch.float32 and not kwargs.get("dropout"):
@@ -63,6 +66,30 @@ def packed_attention(module, query, key, value, attention_mask, **kwargs):
         article = (t[:, :, start:end] for t in (query, key, value))
         outputs.append(sdpa_attention_forward(module, *article, None, **kwargs)[0])
     return torch.cat(outputs, dim=1), None
+
+
+def attention_of_one_token(query, key, value, attention_mask, scaling: float | None):
+    """Return the attention of a single new token to all tokens of its sequence.
+
+    `sdpa` takes two to five times as long for it on a CPU (tests/benchmarks/README.md): its blocks
+    are made for many queries. Heads that share keys are taken together, so nothing is repeated.
+
+    Args:
+        query: [sequences, heads, 1, head size].
+        key, value: [sequences, key/value heads, tokens, head size].
+        attention_mask: bool [sequences, 1, 1, tokens], or None.
+        scaling: of the products of queries and keys; None: by the root of the head size.
+
+    Returns:
+        [sequences, 1, heads, head size], None.
+    """
+    grouped = query.reshape(*key.shape[:2], -1, query.shape[-1])
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = (grouped @ key.transpose(2, 3)).float() * scaling
+    if attention_mask is not None:
+        scores.masked_fill_(~attention_mask, -torch.inf)
+    output = scores.softmax(-1).to(value.dtype) @ value
+    return output.reshape(*query.shape[:3], -1).transpose(1, 2), None
 
 
 def no_mask_or_sdpas(*args, attention_mask=None, **kwargs):

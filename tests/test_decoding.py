@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import french_rows
+from transformers.cache_utils import DynamicLayer
 
 import decoding
 import infer
@@ -74,6 +75,34 @@ def test_prompts_are_read_in_rows_of_bounded_length(loaded, monkeypatch):
         assert all(sum(map(len, row)) <= 150 or len(row) == 1 for row in rows)
     else:
         assert not rows
+
+
+def test_a_cache_with_room_holds_what_the_plain_one_does():
+    rng = torch.Generator().manual_seed(0)
+    roomy, plain = decoding.RoomyLayer(room=3), DynamicLayer()
+    places = set()
+
+    def same() -> None:
+        assert roomy.get_seq_length() == plain.get_seq_length()
+        for mine, other in ((roomy.keys, plain.keys), (roomy.values, plain.values)):
+            assert torch.equal(mine, other)
+
+    def update(sequences: int, tokens: int) -> None:
+        new = [torch.randn(sequences, 2, tokens, size, generator=rng) for size in (4, 5)]
+        for mine, other in zip(roomy.update(*new), plain.update(*new), strict=True):
+            assert torch.equal(mine, other)
+        same()
+
+    update(6, 6)
+    for _ in range(3):
+        update(6, 1)
+        places.add(roomy.keys.data_ptr())
+    assert len(places) == 1  # nothing was copied
+    for layer in (roomy, plain):
+        layer.batch_select_indices(torch.tensor([4, 0]))
+    same()
+    for _ in range(5):  # more than there was room for
+        update(2, 1)
 
 
 def test_logits_exist_for_last_positions_alone(loaded):

@@ -5,6 +5,8 @@ python -m pytest tests/test_packing.py
 The row is compared with its articles by themselves, through plain attention.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import (
@@ -18,9 +20,10 @@ from transformers import (
     OPTConfig,
     Qwen2Config,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from batching import pack, pad_left
-from packing import PACKED, use_packed_attention
+from packing import PACKED, packed_attention, use_packed_attention
 from prompting import Example
 from train import title_loss
 
@@ -139,3 +142,23 @@ def test_a_model_that_lets_articles_see_each_other_is_found_out(monkeypatch):
 
     monkeypatch.setattr(model, "forward", forgetful)
     assert not use_packed_attention(model, 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [2, 6])
+@pytest.mark.parametrize("scaling", [None, 0.3])
+def test_attention_of_one_token_is_that_of_sdpa(dtype, heads, scaling):
+    rng = torch.Generator().manual_seed(0)
+    query = torch.randn(3, heads, 1, 8, generator=rng).to(dtype)
+    key = torch.randn(3, 2, 11, 8, generator=rng).to(dtype)
+    value = torch.randn(3, 2, 11, 5, generator=rng).to(dtype)
+    mask = torch.ones(3, 1, 1, 11, dtype=torch.bool)
+    mask[1, ..., :4] = False
+    module = SimpleNamespace(num_key_value_groups=heads // 2, is_causal=True)
+    for given in (None, mask):
+        one, _ = packed_attention(module, query, key, value, given, scaling=scaling)
+        expected, _ = sdpa_attention_forward(module, query, key, value, given, scaling=scaling)
+        assert one.shape == expected.shape == (3, 1, heads, 5)
+        assert one.dtype == dtype
+        tolerance = {torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype]
+        torch.testing.assert_close(one, expected, atol=tolerance, rtol=0)

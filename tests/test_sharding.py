@@ -19,7 +19,7 @@ import infer
 import merge
 import sharding
 import train
-from exit_codes import UserError
+from exit_codes import STOPPED, UserError
 
 LORA = (*EXACT, "--base_weights", "bf16")  # in fp32, on the base as it is
 
@@ -154,17 +154,18 @@ def test_each_process_has_half_of_the_4_bit_base_and_of_the_adapter(nf4_run):
     assert query[0] == 64 * 64 / 4
 
 
-def test_a_resumed_sharded_run_ends_with_the_same_bytes(nf4_run, tmp_path):
+def test_a_sharded_run_that_was_asked_to_stop_ends_with_the_same_bytes(nf4_run, tmp_path):
     folder, argv = nf4_run
-    run_dir = tmp_path / "run"
-    shutil.copytree(folder / "run", run_dir)
+    run_dir, stop, code = (tmp_path / name for name in ("run", "stop", "code"))
     argv = [str(run_dir) if arg == str(folder / "run") else arg for arg in argv]
-    step = run_dir / "checkpoints/step-000001"
-    launch(SCRIPTS / "train.py", *argv, "--resume_from_checkpoint", step)
+    stop.touch()
+    launch(SCRIPTS / "train.py", *argv, fails=True, STOP_FILE=str(stop), EXIT_CODE_FILE=str(code))
+    assert code.read_text() == f"{STOPPED}\n"
+    assert len(updates(run_dir)) == 1
+    launch(SCRIPTS / "train.py", *argv, "--resume_from_checkpoint", "latest")
     for name in ("adapter_model.safetensors", "checkpoints/step-000003/optimizer.safetensors"):
         assert (run_dir / name).read_bytes() == (folder / "run" / name).read_bytes()
     assert len(updates(run_dir)) == 3
-    assert (run_dir / "checkpoints/step-000003.aside").exists()  # so they were made anew
 
 
 def test_one_process_goes_on_from_a_sharded_checkpoint(runs, tiny_model, rows_17, tmp_path):

@@ -41,9 +41,10 @@ def parse_args():
     parser.add_argument("--test_rows", type=int, help="the first so many (default: all)")
     parser.add_argument("--prompt_file", default=str(ROOT / "prompts/fr.txt"))
     parser.add_argument("--untuned_prompts", nargs="*", help="without fine-tuning (default: that)")
-    parser.add_argument("--num_beams", type=int, help="with the adapter, beside greedy titles")
+    what = "options of infer.py with the adapter, beside greedy titles"
+    parser.add_argument("--ways", nargs="*", default=(), metavar="NAME=OPTIONS", help=what)
     parser.add_argument("--bases", nargs="*", default=BASES, choices=BASES, help="to merge into")
-    parser.add_argument("--submissions", nargs="*", default=(), help="of untuned, adapter, beams")
+    parser.add_argument("--submissions", nargs="*", default=(), help="names of systems")
     parser.add_argument("--max_length", default="768")
     parser.add_argument("--config_file", default=str(ROOT / "accelerate_configs/cpu.yaml"))
     parser.add_argument("train_options", nargs="*", help="after --, for train.py")
@@ -77,8 +78,9 @@ def main():
         name = f"untuned_{Path(file).stem}" if number else "untuned"
         ways[name] = [*model, "--prompt_file", file]
     ways["adapter"] = [*run]
-    if args.num_beams:
-        ways["beams"] = [*run, "--num_beams", args.num_beams]
+    for way in args.ways:
+        name, options = way.split("=", 1)
+        ways[name] = [*run, *options.split()]
     for base in args.bases:
         folder = out / f"{base}-model"
         ways[base] = ["--run_dir", folder]
