@@ -110,9 +110,10 @@ def iterate_articles(path: str, columns: Columns, split: str = "train") -> Itera
 def open_articles(path: str, columns: Columns, split: str = "train"):
     """Return the rows of `iterate_articles` as a memory-mapped `datasets.Dataset`.
 
-    Its Arrow file lies in a temporary folder that goes with the process: a cache that outlives
-    the run can only be stale. It takes about as much disk as the text; `TMPDIR` says where. Its
-    pages count as resident once read, but the kernel takes them back when memory is short.
+    Its Arrow file lies in a temporary folder, and has no name any more once it is open, so that it
+    goes with the process however that ends: a cache that outlives the run can only be stale. It
+    takes about as much disk as the text; `TMPDIR` says where. Its pages count as resident once
+    read, but the kernel takes them back when memory is short.
 
     Raises:
         WriteError: there is no room for it.
@@ -121,22 +122,21 @@ def open_articles(path: str, columns: Columns, split: str = "train"):
     from datasets import Dataset
 
     start = time.perf_counter()
-    folder = tempfile.TemporaryDirectory(prefix="manchette-", ignore_cleanup_errors=True)
-    file = str(Path(folder.name, "articles.arrow"))
-    # Written here and not by `Dataset.from_generator`, which takes twice as long.
-    schema = pyarrow.schema({name: pyarrow.large_string() for name in ("id", "text", "title")})
-    try:
-        with pyarrow.ipc.new_stream(file, schema) as stream:
-            for rows in _batches(iterate_articles(path, columns, split)):
-                stream.write_batch(pyarrow.RecordBatch.from_pylist(rows, schema))
-    except OSError as error:
-        raise WriteError(  # each process has a copy of its own, and one may be too much
-            Path(folder.name).parent,
-            f"no room for a copy of {path} ({error})",
-            "free some, or set TMPDIR to another disk",
-        ) from None
-    dataset = Dataset.from_file(file)
-    dataset.temporary_folder = folder  # the folder lives as long as the dataset does
+    with tempfile.TemporaryDirectory(prefix="manchette-", ignore_cleanup_errors=True) as folder:
+        file = str(Path(folder, "articles.arrow"))
+        # Written here and not by `Dataset.from_generator`, which takes twice as long.
+        schema = pyarrow.schema({name: pyarrow.large_string() for name in ("id", "text", "title")})
+        try:
+            with pyarrow.ipc.new_stream(file, schema) as stream:
+                for rows in _batches(iterate_articles(path, columns, split)):
+                    stream.write_batch(pyarrow.RecordBatch.from_pylist(rows, schema))
+        except OSError as error:
+            raise WriteError(  # each process has a copy of its own, and one may be too much
+                Path(folder).parent,
+                f"no room for a copy of {path} ({error})",
+                "free some, or set TMPDIR to another disk",
+            ) from None
+        dataset = Dataset.from_file(file)
     _note_time(path, len(dataset), "copied for random access", start)
     return dataset
 

@@ -18,6 +18,9 @@ from transformers import (
     ContinuousBatchingConfig,
     DynamicCache,
     GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
 )
@@ -48,7 +51,8 @@ def generate_ids(
         prompts: ids, at least one for each.
         ends: what ends a title.
         max_new_tokens: limit of each.
-        options: of `GenerationConfig`: num_beams, min_new_tokens, length_penalty.
+        options: of `GenerationConfig`: num_beams, min_new_tokens, length_penalty, and
+            no_repeat_ngram_size, which here is of the new tokens alone.
     """
     # From scratch: repositories ship sampling, and penalties that count the article's own words.
     # It replaces the model's, from which `generate` would fill whatever is left open.
@@ -59,6 +63,9 @@ def generate_ids(
     in_rounds = options.get("num_beams", 1) == 1 and keeps_plain_cache(model)
     cache = prefill(model, prompts, max_new_tokens) if in_rounds else None
     min_new_tokens = options.pop("min_new_tokens", None) or 0
+    size, processors = options.pop("no_repeat_ngram_size", None), LogitsProcessorList()
+    if size is not None:
+        processors.append(OfNewTokens(NoRepeatNGramLogitsProcessor(size), longest))
     while rows:
         done = sequence.shape[1] - longest
         steps = min(ROUND, max_new_tokens - done) if in_rounds else max_new_tokens
@@ -69,6 +76,7 @@ def generate_ids(
             generation_config=greedy(
                 ends, steps, **options, min_new_tokens=at_least if at_least > 0 else None
             ),
+            logits_processor=processors,
             stopping_criteria=StoppingCriteriaList([line_end]),
             **({cache_name(model): cache} if in_rounds else {}),
         )
@@ -107,6 +115,16 @@ def pad_left(prompts: list[list[int]], pad_id: int, device) -> tuple[torch.Tenso
         ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         mask[row, longest - len(prompt) :] = 1
     return ids.to(device), mask.to(device)
+
+
+class OfNewTokens(LogitsProcessor):
+    """Shows another processor the new tokens alone, lest it count those of the article."""
+
+    def __init__(self, processor: LogitsProcessor, prompt_length: int):
+        self.processor, self.prompt_length = processor, prompt_length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return self.processor(input_ids[:, self.prompt_length :], scores)
 
 
 class LineEnd(StoppingCriteria):

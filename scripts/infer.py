@@ -61,22 +61,25 @@ class Title:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How titles are chosen. There is no penalty on repetition, for it would count, and so ban, the
-    article's own words (`repetition_penalty`, `no_repeat_ngram_size` of transformers)."""
+    """How titles are chosen. No penalty on repetition counts, and so bans, the article's own words,
+    as transformers' would."""
 
     max_new_tokens: int
     num_beams: int = 1
     min_new_tokens: int | None = None
     length_penalty: float | None = None  # of beam search: above 0 favours long titles
+    no_repeat_ngram_size: int | None = None  # so many tokens of a title do not come again in it
 
     def __str__(self) -> str:
         words = "greedy" if self.num_beams == 1 else f"{self.num_beams} beams"
         words += f", at least {self.min_new_tokens} tokens" if self.min_new_tokens else ""
-        penalty = self.length_penalty
-        return words if penalty is None else f"{words}, length penalty {penalty}"
+        if self.length_penalty is not None:
+            words += f", length penalty {self.length_penalty}"
+        size = self.no_repeat_ngram_size
+        return words if size is None else f"{words}, no {size} tokens twice"
 
     def options(self) -> dict:
-        """Return what `GenerationConfig` takes, without the limit."""
+        """Return what `generate_ids` takes, without the limit."""
         options = {name: value for name, value in asdict(self).items() if value is not None}
         del options["max_new_tokens"]
         return options
@@ -108,6 +111,7 @@ def parse_args(argv=None):
     add("--min_new_tokens", type=int, help="no EOS before so many")
     add("--num_beams", type=int, default=1, help="of beam search; 1: greedy")
     add("--length_penalty", type=float, help="of beam search: above 0 favours long titles")
+    add("--no_repeat_ngram_size", type=int, help="so many tokens do not come twice in a title")
     add("--max_batch_tokens", type=int, help="together, titles included (default: by free memory)")
     add("--engine", choices=["batched", "continuous"], default="batched", help=ENGINE_HELP)
     add = parser.add_argument_group("output").add_argument
@@ -128,8 +132,10 @@ def parse_args(argv=None):
     limit = args.max_new_tokens
     if limit and args.min_new_tokens and args.min_new_tokens > limit:
         parser.error(f"--min_new_tokens {args.min_new_tokens}: above --max_new_tokens {limit}")
-    if args.engine == "continuous" and (args.num_beams > 1 or args.min_new_tokens):
-        parser.error("--engine continuous: it knows no --num_beams, no --min_new_tokens")
+    if args.engine == "continuous":
+        for name in ("num_beams", "min_new_tokens", "no_repeat_ngram_size"):
+            if getattr(args, name) != parser.get_default(name):
+                parser.error(f"--engine continuous: it knows no --{name}; leave one of them out")
     if args.input_file:
         if args.text is not None:
             parser.error("--text: give it or --input_file, not both")
@@ -500,7 +506,8 @@ def make_prompt(source: dict, base_folder: Path, settings: dict) -> Prompt:
 
 def decoding_of(args, settings: dict) -> Decoding:
     limit = args.max_new_tokens or settings["max_title_tokens"]
-    return Decoding(limit, args.num_beams, args.min_new_tokens, args.length_penalty)
+    names = ("num_beams", "min_new_tokens", "length_penalty", "no_repeat_ngram_size")
+    return Decoding(limit, **{name: getattr(args, name) for name in names})
 
 
 def find_model(args) -> dict:

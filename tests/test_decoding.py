@@ -130,6 +130,34 @@ def test_beams_and_least_lengths_do_not_depend_on_the_batch(loaded):
     assert not any(token in ends.ids for ids in longer for token in ids[:24])
 
 
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_a_title_may_be_kept_from_going_in_circles(loaded, num_beams):
+    """Across its rounds, and without regard to what the article says."""
+    model, prompts, ends, _ = loaded
+    ends = Ends(ends.ids, ends.pad_id, b"")
+    options = {"num_beams": num_beams, "min_new_tokens": 30}
+    plain = decoding.generate_ids(model, prompts, ends, LIMIT, **options)
+    kept = decoding.generate_ids(model, prompts, ends, LIMIT, **options, no_repeat_ngram_size=1)
+    assert all(len(set(ids)) < len(ids) for ids in plain)
+    assert all(len(set(ids)) == len(ids) for ids in kept)
+    assert any(set(ids) & set(prompt) for ids, prompt in zip(kept, prompts, strict=True))
+    alone = [
+        decoding.generate_ids(model, [ids], ends, LIMIT, **options, no_repeat_ngram_size=1)[0]
+        for ids in prompts
+    ]
+    assert alone == kept
+
+
+def test_only_the_new_tokens_count_as_repeated():
+    ids, scores = torch.tensor([[5, 6, 7, 9, 5, 6]]), torch.zeros(1, 10)
+    rule = decoding.NoRepeatNGramLogitsProcessor(3)
+    banned = [
+        decoding.OfNewTokens(rule, length)(ids, scores.clone()).isinf().nonzero()[:, 1].tolist()
+        for length in (0, 3)
+    ]
+    assert banned == [[7], []]
+
+
 def test_the_criterion_of_a_line_is_that_of_cutting():
     rng, kinds = random.Random(0), bytes([0, 1, 2, 3, 5, 7, 1])
     ends, found = Ends(frozenset({99}), 99, kinds), 0
@@ -281,4 +309,5 @@ def test_failed_and_missing_requests_are_named(monkeypatch, answers, complaint):
 
 def test_decoding_is_told_in_words():
     assert str(Decoding(5)) == "greedy"
+    assert str(Decoding(5, no_repeat_ngram_size=6)) == "greedy, no 6 tokens twice"
     assert str(Decoding(5, 4, 3, -0.5)) == "4 beams, at least 3 tokens, length penalty -0.5"

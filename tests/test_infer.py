@@ -240,9 +240,12 @@ def test_both_engines_keep_the_same_contract(trained, news, tmp_path):
 
 def test_beams_are_recorded(trained, news, tmp_path):
     more = ("--num_beams", "2", "--length_penalty", "0.5", "--min_new_tokens", "3")
+    more += ("--no_repeat_ngram_size", "4")
     call(infer.main, "--run_dir", trained, *args_for(news, tmp_path / "out.csv", *more))
     record, rows = details(tmp_path / "out.jsonl")
-    assert record["decoding"] == "2 beams, at least 3 tokens, length penalty 0.5"
+    assert record["decoding"] == (
+        "2 beams, at least 3 tokens, length penalty 0.5, no 4 tokens twice"
+    )
     assert all(row["num_new_tokens"] >= 3 for row in rows)
 
 
@@ -298,7 +301,7 @@ def test_one_article_has_its_title_on_standard_output(trained, news, tmp_path, c
         ),
         (
             ["--engine", "continuous", "--num_beams", "2"],
-            "infer.py: error: --engine continuous: it knows no --num_beams, no --min_new_tokens",
+            "infer.py: error: --engine continuous: it knows no --num_beams; leave one of them out",
         ),
     ],
 )
