@@ -110,10 +110,10 @@ def iterate_articles(path: str, columns: Columns, split: str = "train") -> Itera
 def open_articles(path: str, columns: Columns, split: str = "train"):
     """Return the rows of `iterate_articles` as a memory-mapped `datasets.Dataset`.
 
-    Its Arrow file lies in a temporary folder, and has no name any more once it is open, so that it
-    goes with the process however that ends: a cache that outlives the run can only be stale. It
-    takes about as much disk as the text; `TMPDIR` says where. Its pages count as resident once
-    read, but the kernel takes them back when memory is short.
+    Its Arrow file lies in a temporary folder, and has no name any more once it is written, so that
+    on a local disk it goes with the process however that ends: a cache that outlives the run can
+    only be stale. It takes about as much disk as the text; `TMPDIR` says where. Its pages count as
+    resident once read, but the kernel takes them back when memory is short.
 
     Raises:
         WriteError: there is no room for it.

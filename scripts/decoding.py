@@ -64,7 +64,7 @@ def generate_ids(
     cache = prefill(model, prompts, max_new_tokens) if in_rounds else None
     min_new_tokens = options.pop("min_new_tokens", None) or 0
     size, processors = options.pop("no_repeat_ngram_size", None), LogitsProcessorList()
-    if size is not None:
+    if size:
         processors.append(OfNewTokens(NoRepeatNGramLogitsProcessor(size), longest))
     while rows:
         done = sequence.shape[1] - longest
@@ -163,7 +163,8 @@ def keeps_plain_cache(model) -> bool:
 class RoomyLayer(DynamicLayer):
     """A layer of a cache with room for `room` new tokens.
 
-    Its own would copy all that there is, of each sequence, whenever one more token is written.
+    Its own would copy all that there is, of each sequence, whenever one more token is written. It
+    is made for what `generate_ids` does with it: beam search and offloading have other needs.
     """
 
     def __init__(self, room: int):
@@ -194,6 +195,11 @@ class RoomyLayer(DynamicLayer):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         if length := self.get_seq_length():
             self.hold(*(t[indices] for t in self.stored), length)
+
+    reorder_cache = batch_select_indices
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        raise NotImplementedError
 
 
 def prefill(model, prompts: list[list[int]], room: int) -> DynamicCache:

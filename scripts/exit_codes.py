@@ -102,17 +102,26 @@ def run(main) -> None:
             print(code, file=sys.stderr)
             code = BUG
     except Exception:
-        traceback.print_exc()
-    if tell and (file := os.environ.get("EXIT_CODE_FILE")):
-        _leave_code(Path(file), code, gives_way=lost or code == BUG)
-    torch = sys.modules.get("torch")
-    if torch and torch.distributed.is_available() and torch.distributed.is_initialized():
-        # An error left the group of processes as it was. Python would take it down now with its
-        # lock in hand, for which gloo's threads may wait, and neither would ever go on.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        sys.excepthook(*sys.exc_info())  # which says of which process it is
+    finally:  # whether or not the complaint could be printed
+        if tell and (file := os.environ.get("EXIT_CODE_FILE")):
+            _leave_code(Path(file), code, gives_way=lost or code == BUG)
+        _leave_group(code)
     sys.exit(code)
+
+
+def _leave_group(code: int) -> None:
+    """End the process at once if an error left its group of processes as it was.
+
+    Python would take the group down with its lock in hand, for which gloo's threads may wait, and
+    neither would ever go on.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if getattr(distributed, "is_initialized", bool)():  # no such function if torch lacks it
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # a full disk, a closed pipe
+                stream.flush()
+        os._exit(code)
 
 
 def _leave_code(file: Path, code: int, gives_way: bool) -> None:

@@ -59,7 +59,8 @@ class Nodes:
         finally:
             self.done.set()
             # Were Python to end while the thread talks to the store, it would abort the process:
-            # the work would be done, and its node would count as failed all the same.
+            # the work would be done, and its node would count as failed all the same. A store that
+            # does not answer is not waited for as long as it may take.
             self.thread.join(self.silence)
 
     def on_loss(self, save: Callable[[], str | None]) -> None:

@@ -71,8 +71,9 @@ def packed_attention(module, query, key, value, attention_mask, **kwargs):
 def attention_of_one_token(query, key, value, attention_mask, scaling: float | None):
     """Return the attention of a single new token to all tokens of its sequence.
 
-    `sdpa` takes two to five times as long for it on a CPU (tests/benchmarks/README.md): its blocks
-    are made for many queries. Heads that share keys are taken together, so nothing is repeated.
+    `sdpa` takes twice as long for it on a CPU or longer (tests/benchmarks/README.md): its blocks
+    are made for many queries. Heads that share keys are taken together, so nothing is repeated. As
+    in transformers' eager attention, products are rounded to the type of the keys before softmax.
 
     Args:
         query: [sequences, heads, 1, head size].
@@ -81,7 +82,7 @@ def attention_of_one_token(query, key, value, attention_mask, scaling: float | N
         scaling: of the products of queries and keys; None: by the root of the head size.
 
     Returns:
-        [sequences, 1, heads, head size], None.
+        [sequences, 1, heads, head size of the values], None.
     """
     grouped = query.reshape(*key.shape[:2], -1, query.shape[-1])
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -78,7 +78,29 @@ def test_a_group_of_processes_is_left_as_it_is_after_an_error(tmp_path, error, n
     code += f"atexit.register(print, 'taken down'); raise {error}"
     done, written = run(code, tmp_path)
     assert (done.returncode, written, done.stdout) == (number, f"{number}\n", "")
-    assert done.stderr.splitlines()[-1] == last
+    assert done.stderr.splitlines()[-1].endswith(last)
+
+
+@pytest.mark.parametrize("group", [True, False])
+def test_a_code_is_told_where_a_complaint_cannot_be(tmp_path, group):
+    """With the log on a full disk, the launchers still see that the job is to go on."""
+    arguments = f"'gloo', 'file://{tmp_path}/store', world_size=1, rank=0"
+    join = f"import torch; torch.distributed.init_process_group({arguments}); " * group
+    script = "from exit_codes import *\ndef main():\n    "
+    script += f"{join}print('x'); raise LostNode('a', 'b', 'c')\nrun(main)\n"
+    environment = os.environ | {
+        "PYTHONPATH": str(SCRIPTS),
+        "EXIT_CODE_FILE": str(tmp_path / "code"),
+    }
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env={k: v for k, v in environment.items() if k != "RANK"},
+            stdout=full,
+            stderr=full,
+        )
+    assert (tmp_path / "code").read_text() == "75\n"
+    assert done.returncode == 75 or not group
 
 
 @pytest.mark.parametrize(("rank", "printed"), [("0", True), ("1", False), ("11", False)])

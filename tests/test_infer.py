@@ -303,6 +303,16 @@ def test_one_article_has_its_title_on_standard_output(trained, news, tmp_path, c
             ["--engine", "continuous", "--num_beams", "2"],
             "infer.py: error: --engine continuous: it knows no --num_beams; leave one of them out",
         ),
+        (
+            ["--engine", "continuous", "--min_new_tokens", "2"],
+            "infer.py: error: --engine continuous: it knows no --min_new_tokens; leave one of them "
+            "out",
+        ),
+        (
+            ["--engine", "continuous", "--no_repeat_ngram_size", "1"],
+            "infer.py: error: --engine continuous: it knows no --no_repeat_ngram_size; leave one "
+            "of them out",
+        ),
     ],
 )
 def test_what_makes_no_sense_together_is_refused(trained, argv, message):

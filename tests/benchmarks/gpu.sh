@@ -53,8 +53,8 @@ for name in "$@"; do
     # Chosen by validation on a CPU (tests/benchmarks/README.md), at the full size.
     best) part best python tests/benchmarks/real_data.py --model "$SMOLLM2" --data_dir "$INF582" \
       --output_dir "$OUT/best" --config_file "$CONFIG" --max_length 768 "${REAL[@]}" \
-      --untuned_prompts --submissions adapter beams --ways "beams=--num_beams 4" \
-      "long=--min_new_tokens 48" -- --lora_alpha 64 \
+      --untuned_prompts --submissions adapter chosen --ways "beams=--num_beams 4" \
+      "chosen=--no_repeat_ngram_size 6 --min_new_tokens 48" -- --lora_alpha 64 \
       --lora_dropout 0 --learning_rate 5e-4 --base_weights nf4-bf16 --num_train_epochs 3 ;;
     *) echo "no part is called $name" >&2; exit 2 ;;
   esac
