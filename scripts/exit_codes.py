@@ -13,6 +13,7 @@ BUG = 1  # what Python itself returns after a traceback
 USER_ERROR = 2  # the user must change something
 STOPPED = 75  # when asked, or by a lost node: run the same command again (EX_TEMPFAIL)
 INTERRUPTED = 130  # Ctrl-C before there was anything to lose, as a shell has it
+KEPT = []  # see keep_group
 
 
 class UserError(Exception):
@@ -110,14 +111,22 @@ def run(main) -> None:
     sys.exit(code)
 
 
-def _leave_group(code: int) -> None:
-    """End the process at once if an error left its group of processes as it was.
+def keep_group() -> None:
+    """Keep the group of this process and others, if any, to the end, which `run` then makes short.
 
-    Python would take the group down with its lock in hand, for which gloo's threads may wait, and
-    neither would ever go on.
+    Whoever lets go of it last, such as DDP when the model goes, waits for gloo's threads with
+    Python's lock in hand. Those may wait for that lock, and neither would ever go on.
     """
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        KEPT.append(torch.distributed.group.WORLD)
+
+
+def _leave_group(code: int) -> None:
+    """End the process at once where Python would have to take a group of processes down."""
     distributed = sys.modules.get("torch.distributed")
-    if getattr(distributed, "is_initialized", bool)():  # no such function if torch lacks it
+    if KEPT or getattr(distributed, "is_initialized", bool)():  # which torch may be built without
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):  # a full disk, a closed pipe
                 stream.flush()

@@ -20,7 +20,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from articles import Columns, check_articles, open_articles
-from exit_codes import STOPPED, UserError, is_first_process, note, printable, run, writing
+from exit_codes import (
+    STOPPED,
+    UserError,
+    is_first_process,
+    keep_group,
+    note,
+    printable,
+    run,
+    writing,
+)
 from machine import check_devices, free_memory
 from nodes import Nodes, process_group
 from predictions import Parts, is_complete, part_file, part_files, write_line
@@ -466,6 +475,7 @@ def load(source: dict, base_folder: Path, prompt, decoding: Decoding, timeout: f
     accelerator = Accelerator(
         mixed_precision="bf16" if autocast else "no", kwargs_handlers=process_group(timeout)
     )
+    keep_group()
     longest = prompt.max_length - prompt.max_title_tokens + decoding.max_new_tokens
     weightless = skeleton(str(base_folder), dtype)
     check_kind(weightless, source["model"], nf4, bool(source["adapter"]), longest)

@@ -18,7 +18,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from articles import Columns, check_articles, open_articles
-from exit_codes import STOPPED, note, printable, run
+from exit_codes import STOPPED, keep_group, note, printable, run
 from hub import check_hub, push
 from hygiene import Survey, report_rows, report_titles
 from machine import check_devices
@@ -202,6 +202,7 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
         fsdp_plugin=plugin,
         kwargs_handlers=process_group(args.ddp_timeout),
     )
+    keep_group()
     sharded = turn_on(accelerator, plugin)
     print_once = accelerator.on_main_process(print)  # its own print() does so once per node
     torch.backends.cuda.matmul.fp32_precision = "tf32"  # for what stays in fp32
@@ -424,8 +425,8 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
     if not stopping:
         peak = peak_memory(accelerator.device)
         on_main_process(accelerator, save_adapter, saved()[0], state, peak, output_dir)
-    # Gloo's threads let go of a broadcast's tensors while this waits. They need Python's lock for
-    # it, and would wait for ever once the group is taken down by a thread that has the lock.
+    # Gloo's threads let go of a broadcast's tensors while this waits, for which they need Python's
+    # lock; where they do not, `keep_group` sees to it that nobody waits for them with that lock.
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if stopping:

@@ -81,6 +81,15 @@ def test_a_group_of_processes_is_left_as_it_is_after_an_error(tmp_path, error, n
     assert done.stderr.splitlines()[-1].endswith(last)
 
 
+def test_a_group_that_is_kept_is_not_taken_down_either(tmp_path):
+    """Nor by those who ask for it: what they hold was the last of it, if not for the one kept."""
+    group = f"'gloo', 'file://{tmp_path}/store', world_size=1, rank=0"
+    code = f"import atexit, torch; torch.distributed.init_process_group({group}); keep_group(); "
+    code += "torch.distributed.destroy_process_group(); atexit.register(print, 'taken down'); "
+    done, written = run(f"{code}print('done')", tmp_path)
+    assert (done.returncode, written, done.stdout, done.stderr) == (0, "0\n", "done\n", "")
+
+
 @pytest.mark.parametrize("group", [True, False])
 def test_a_code_is_told_where_a_complaint_cannot_be(tmp_path, group):
     """With the log on a full disk, the launchers still see that the job is to go on."""
