@@ -163,8 +163,7 @@ def keeps_plain_cache(model) -> bool:
 class RoomyLayer(DynamicLayer):
     """A layer of a cache with room for `room` new tokens.
 
-    Its own would copy all that there is, of each sequence, whenever one more token is written. It
-    is made for what `generate_ids` does with it: beam search and offloading have other needs.
+    Its own would copy all that there is, of each sequence, whenever one more token is written.
     """
 
     def __init__(self, room: int):
@@ -199,7 +198,7 @@ class RoomyLayer(DynamicLayer):
     reorder_cache = batch_select_indices
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        raise NotImplementedError
+        raise NotImplementedError  # nothing here repeats sequences, and its own forgets the room
 
 
 def prefill(model, prompts: list[list[int]], room: int) -> DynamicCache:

@@ -100,6 +100,7 @@ def test_a_cache_with_room_holds_what_the_plain_one_does():
     assert len(places) == 1  # nothing was copied
     for layer in (roomy, plain):
         layer.batch_select_indices(torch.tensor([4, 0]))
+        layer.reorder_cache(torch.tensor([1, 0]))
     same()
     for _ in range(5):  # more than there was room for
         update(2, 1)

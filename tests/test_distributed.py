@@ -182,6 +182,16 @@ def test_both_stop_after_the_same_update_whichever_is_asked(tiny_model, rows_17,
     assert difference(adapter(run_dir), adapter(tmp_path / "whole")) < 1e-2
 
 
+def check_that_one_process_goes_on(folder, args, common) -> None:
+    """It ends what several have begun in out.csv, with the bytes of one that does it all."""
+    assert not (folder / "out.csv").exists()
+    call(infer.main, *args)
+    call(infer.main, *common, "--output_file", folder / "whole.csv")
+    for suffix in ("csv", "jsonl"):
+        whole = (folder / f"whole.{suffix}").read_bytes()
+        assert (folder / f"out.{suffix}").read_bytes() == whole
+
+
 def test_both_stop_writing_titles_and_one_goes_on_with_the_same_bytes(
     runs, rows_17, tiny_model, tmp_path
 ):
@@ -194,12 +204,7 @@ def test_both_stop_writing_titles_and_one_goes_on_with_the_same_bytes(
     stop_file.touch()
     printed = [process.communicate(timeout=240) for process in processes]
     assert [process.returncode for process in processes] == [STOPPED, STOPPED], printed
-    assert not (tmp_path / "out.csv").exists()
-    call(infer.main, *args)
-    call(infer.main, *common, "--output_file", tmp_path / "whole.csv")
-    for suffix in ("csv", "jsonl"):
-        whole = (tmp_path / f"whole.{suffix}").read_bytes()
-        assert (tmp_path / f"out.{suffix}").read_bytes() == whole
+    check_that_one_process_goes_on(tmp_path, args, common)
 
 
 def test_titles_go_on_after_a_lost_node_with_the_same_bytes(runs, rows_17, tmp_path):
@@ -219,12 +224,7 @@ def test_titles_go_on_after_a_lost_node_with_the_same_bytes(runs, rows_17, tmp_p
     )
     # Whoever is lost within its first seconds has not yet said its name.
     assert told.startswith(("error: node2: ", "error: process 1: "))
-    assert not (tmp_path / "out.csv").exists()
-    call(infer.main, *args)
-    call(infer.main, *common, "--output_file", tmp_path / "whole.csv")
-    for suffix in ("csv", "jsonl"):
-        whole = (tmp_path / f"whole.{suffix}").read_bytes()
-        assert (tmp_path / f"out.{suffix}").read_bytes() == whole
+    check_that_one_process_goes_on(tmp_path, args, common)
 
 
 def test_a_complaint_of_the_first_process_ends_all(tiny_model, rows_17, tmp_path):
