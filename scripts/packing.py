@@ -61,10 +61,10 @@ def packed_attention(module, query, key, value, attention_mask, **kwargs):
         return output[None], None
     if window is not None and longest > window:
         raise ValueError(f"an article of {longest} tokens is longer than the window of {window}")
-    outputs = []
-    for start, end in itertools.pairwise(borders.tolist()):
-        article = (t[:, :, start:end] for t in (query, key, value))
-        outputs.append(sdpa_attention_forward(module, *article, None, **kwargs)[0])
+    # Split, not sliced: the gradient of a slice has the size of the row, once for each article.
+    lengths = borders.diff().tolist()
+    articles = zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True)
+    outputs = [sdpa_attention_forward(module, *article, None, **kwargs)[0] for article in articles]
     return torch.cat(outputs, dim=1), None
 
 
@@ -72,8 +72,9 @@ def attention_of_one_token(query, key, value, attention_mask, scaling: float | N
     """Return the attention of a single new token to all tokens of its sequence.
 
     `sdpa` takes twice as long for it on a CPU or longer (tests/benchmarks/README.md): its blocks
-    are made for many queries. Heads that share keys are taken together, so nothing is repeated. As
-    in transformers' eager attention, products are rounded to the type of the keys before softmax.
+    are made for many queries. Heads that share keys are taken together, so nothing is repeated.
+    Products of queries and keys stay in fp32 until after softmax: bf16 would round those beyond 32,
+    as SmolLM2 has some, by up to an eighth, and the larger ones of biased keys by whole units.
 
     Args:
         query: [sequences, heads, 1, head size].
@@ -86,7 +87,7 @@ def attention_of_one_token(query, key, value, attention_mask, scaling: float | N
     """
     grouped = query.reshape(*key.shape[:2], -1, query.shape[-1])
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = (grouped @ key.transpose(2, 3)).float() * scaling
+    scores = (grouped.float() @ key.float().transpose(2, 3)).mul_(scaling)
     if attention_mask is not None:
         scores.masked_fill_(~attention_mask, -torch.inf)
     output = scores.softmax(-1).to(value.dtype) @ value
