@@ -427,8 +427,7 @@ def write_continuously(
     """Yield row and title of each prompt as it ends, by transformers' continuous batching.
 
     `names` are the articles' IDs by row, in which a complaint tells of what failed; `most` is the
-    number of tokens that are under way at a time. The engine's thread knows of no autocast: an
-    unmerged adapter multiplies in fp32 there.
+    number of tokens that are under way at a time. The engine's thread knows of no autocast.
     """
     from decoding import generate_continuously
 
@@ -465,13 +464,21 @@ def load(source: dict, base_folder: Path, prompt, decoding: Decoding, timeout: f
     import torch
     from accelerate import Accelerator
 
-    from modeling import attach_adapter, check_kind, dequantize_base, load_base, skeleton
+    from modeling import (
+        attach_adapter,
+        check_kind,
+        dequantize_base,
+        fuse_lora,
+        load_base,
+        round_lora,
+        skeleton,
+    )
     from packing import use_packed_attention
 
     nf4 = source["weights"] in ("nf4", "nf4-bf16")
     dtype = torch.bfloat16 if source["precision"] == "bf16" else torch.float32
-    # The 4-bit model ran under autocast in training; a merged one should do as it would elsewhere.
-    autocast = nf4 and dtype == torch.bfloat16
+    # As in training, which runs under autocast; a merged model should do as it would elsewhere.
+    autocast = dtype == torch.bfloat16 and (nf4 or bool(source["adapter"]))
     accelerator = Accelerator(
         mixed_precision="bf16" if autocast else "no", kwargs_handlers=process_group(timeout)
     )
@@ -493,6 +500,9 @@ def load(source: dict, base_folder: Path, prompt, decoding: Decoding, timeout: f
     use_packed_attention(model, longest)
     if source["adapter"]:
         model = attach_adapter(model, source["adapter"])
+        fuse_lora(model)
+        if autocast:  # which would round the adapter for each token, to the same bits
+            round_lora(model, dtype)
     if dequantized:  # told once nothing is left to complain of
         note(dequantized)
     return accelerator, model

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from batching import pack
 from machine import free_memory
-from modeling import checkpoint_layers, decoder_linears, keep_input_dtype
+from modeling import checkpoint_layers, decoder_linears, fuse_lora
 from packing import PACKED
 from prompting import Example
 from sharding import layers_of
@@ -89,7 +89,7 @@ def expected_peak(
                 model.float().requires_grad_(True)
             else:
                 model = get_peft_model(model, lora_config)
-                keep_input_dtype(model)
+                fuse_lora(model)
             checkpoint_layers(model, every)
             in_use = _peak_in_use(model.train(), args, kind, micro_batch, shards)
         except Exception:  # whatever a model does that cannot be done without content

@@ -181,7 +181,7 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
         check_targets,
         checkpoint_layers,
         dequantize_base,
-        keep_input_dtype,
+        fuse_lora,
         load_base,
         skeleton,
     )
@@ -262,7 +262,7 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
     # fp32, at twice the memory). The adapter is fp32, for it is what AdamW updates.
     set_seed(args.seed)  # the same on every process, so that LoRA begins alike everywhere
     model = get_peft_model(base, lora_config)
-    keep_input_dtype(model)
+    fuse_lora(model)
     checkpoint_layers(base, memory["checkpointed_every"])
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
 

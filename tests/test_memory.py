@@ -8,7 +8,7 @@ from conftest import byte_level_tokenizer, save_tiny_model
 
 import memory
 from batching import deal, pack
-from modeling import check_targets, checkpoint_layers, keep_input_dtype, load_base, skeleton
+from modeling import check_targets, checkpoint_layers, fuse_lora, load_base, skeleton
 from packing import use_packed_attention
 from prompting import Example
 from train import title_loss
@@ -68,7 +68,7 @@ def test_what_is_expected_is_what_the_same_micro_batch_takes(
         model.requires_grad_(True)
     else:
         model = get_peft_model(model, lora(model, dropout))
-        keep_input_dtype(model)
+        fuse_lora(model)
     checkpoint_layers(model, every)
     model.train()
     examples = [Example([5] * length, length - 16, False) for length in (300, 250, 244, 230)]

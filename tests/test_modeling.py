@@ -114,6 +114,65 @@ def test_the_workaround_is_what_keeps_them(tiny_model, monkeypatch):
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
+# Rank 4 of 64 x 64: what is added is as large as what the base says.
+LARGE = {"lora_alpha": 64, "lora_dropout": 0.2}
+
+
+@pytest.mark.parametrize("nf4", [True, False])
+def test_lora_in_one_product_is_pefts(tiny_model, nf4):
+    model = with_lora(modeling.load_base(str(tiny_model), CPU, torch.float32, nf4), **LARGE)
+    ids = torch.arange(3, 60).reshape(3, -1)
+
+    def run():
+        torch.manual_seed(0)  # of dropout
+        model.train().zero_grad()
+        logits = model(input_ids=ids, use_cache=False).logits
+        logits.logsumexp(-1).square().sum().backward()
+        trained = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+        return trained | {"logits": logits.detach()}
+
+    expected = run()
+    with torch.no_grad(), model.disable_adapter():
+        alone = model(input_ids=ids, use_cache=False).logits
+    assert (expected["logits"] - alone).norm() > 0.1 * alone.norm()
+    modeling.fuse_lora(model)
+    found = run()
+    assert len(found) == 29
+    for name, tensor in expected.items():
+        scale = tensor.abs().max().item()
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5 * scale, msg=name)
+
+
+def test_in_bf16_its_sum_is_rounded_once(tiny_model):
+    """Of one layer: over several, in which roundings grow, luck decides who is closer."""
+    model = with_lora(modeling.load_base(str(tiny_model), CPU, torch.bfloat16, False), **LARGE)
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj").eval()
+    x = torch.randn(500, 64, generator=torch.manual_seed(0)).bfloat16()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        of_base, low = layer.base_layer(x), layer.lora_A["default"](x)
+        of_peft = layer(x)
+        modeling.fuse_lora(model)
+        found = layer(x)
+    b = layer.lora_B["default"].weight.bfloat16().double()
+    exact = of_base.double() + layer.scaling["default"] * low.double() @ b.T
+    error, error_of_peft = ((y.double() - exact).norm() for y in (found, of_peft))
+    assert 0 < error < 1.001 * (exact.bfloat16().double() - exact).norm()
+    assert error < error_of_peft
+
+
+def test_an_adapter_rounded_once_says_the_same_as_one_that_autocast_rounds(tiny_model):
+    model = with_lora(modeling.load_base(str(tiny_model), CPU, torch.bfloat16, True), **LARGE)
+    modeling.fuse_lora(model.eval())
+    ids = torch.arange(3, 60).reshape(3, -1)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = model(input_ids=ids, use_cache=False).logits
+        modeling.round_lora(model, torch.bfloat16)
+        found = model(input_ids=ids, use_cache=False).logits
+    lora = [p for name, p in model.named_parameters() if "lora_" in name]
+    assert {p.dtype for p in lora} == {torch.bfloat16}
+    assert torch.equal(found, expected)
+
+
 def save_adapter(model, folder):
     model.save_pretrained(folder, save_embedding_layers=False)
     return str(folder)
