@@ -181,7 +181,9 @@ class RoomyLayer(DynamicLayer):
         start, new = self.get_seq_length(), (key_states, value_states)
         end = start + key_states.shape[2]
         if start == 0 or end > self.stored[0].shape[2]:
-            stored = [t.new_zeros(*t.shape[:2], end + self.room, t.shape[3]) for t in new]
+            dtype = self.keys.dtype if start else key_states.dtype
+            shapes = [(*t.shape[:2], end + self.room, t.shape[3]) for t in new]
+            stored = [key_states.new_zeros(shape, dtype=dtype) for shape in shapes]
             if start:
                 stored[0][:, :, :start], stored[1][:, :, :start] = self.keys, self.values
         else:
@@ -201,9 +203,14 @@ class RoomyLayer(DynamicLayer):
         raise NotImplementedError  # nothing here repeats sequences, and its own forgets the room
 
 
+def cache_dtype(model) -> torch.dtype:
+    return torch.float32 if model.device.type == "cpu" else model.dtype
+
+
 def prefill(model, prompts: list[list[int]], room: int) -> DynamicCache:
     """Return the keys and values of all prompts but their last ids, padded on the left.
 
+    On a CPU they are in fp32, which `packing.attention_of_one_token` would copy them to each time.
     `generate` goes on from there: it reads the last ids, whose logits are the first that exist.
     Without packed attention, the cache is empty, and `generate` reads the padded prompts itself.
     """
@@ -227,7 +234,8 @@ def prefill(model, prompts: list[list[int]], room: int) -> DynamicCache:
             read = layer.keys, layer.values
             if row == 0:
                 size = len(prompts), read[0].shape[1], longest + room
-                target.hold(*(t.new_zeros(*size, t.shape[-1]) for t in read), longest)
+                kept = [t.new_zeros(*size, t.shape[-1], dtype=cache_dtype(model)) for t in read]
+                target.hold(*kept, longest)
             for stored, states in zip((target.keys, target.values), read, strict=True):
                 start = 0
                 for n, ids in enumerate(together, start=row):
@@ -250,7 +258,7 @@ def choose_max_batch_tokens(model, num_beams: int = 1) -> int:
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kept = 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize
+    kept = 2 * config.num_hidden_layers * heads * size * cache_dtype(model).itemsize
     wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     moving = (8 * config.hidden_size + 3 * wide) * model.dtype.itemsize
     fits = int(0.6 * free_memory(model.device) / (num_beams * kept + moving))

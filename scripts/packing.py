@@ -39,6 +39,7 @@ def packed_attention(module, query, key, value, attention_mask, **kwargs):
         plain = attention_mask is None or attention_mask.dtype == torch.bool
         if query.shape[2] == 1 and query.device.type == "cpu" and plain:
             return attention_of_one_token(query, key, value, attention_mask, kwargs.get("scaling"))
+        key, value = key.to(query.dtype), value.to(query.dtype)  # of a cache in fp32
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     window = kwargs.get("sliding_window")
     if query.is_cuda and query.dtype != torch.float32 and not kwargs.get("dropout"):
@@ -69,29 +70,30 @@ def packed_attention(module, query, key, value, attention_mask, **kwargs):
 
 
 def attention_of_one_token(query, key, value, attention_mask, scaling: float | None):
-    """Return the attention of a single new token to all tokens of its sequence.
+    """Return the attention of a single new token to all tokens of its sequence, as `sdpa` does.
 
-    `sdpa` takes twice as long for it on a CPU or longer (tests/benchmarks/README.md): its blocks
-    are made for many queries. Heads that share keys are taken together, so nothing is repeated.
-    Products of queries and keys stay in fp32 until after softmax: bf16 would round those beyond 32,
-    as SmolLM2 has some, by up to an eighth, and the larger ones of biased keys by whole units.
+    `sdpa` takes longer for it on a CPU (tests/benchmarks/README.md): its blocks are made for many
+    queries. Heads that share keys are taken together, so nothing is repeated. All is in fp32, as
+    inside of `sdpa`: bf16 would round a product of query and key beyond 32, as SmolLM2 has some, by
+    up to an eighth, and is slower for so few rows.
 
     Args:
         query: [sequences, heads, 1, head size].
-        key, value: [sequences, key/value heads, tokens, head size].
+        key, value: [sequences, key/value heads, tokens, head size], best in fp32 already.
         attention_mask: bool [sequences, 1, 1, tokens], or None.
         scaling: of the products of queries and keys; None: by the root of the head size.
 
     Returns:
-        [sequences, 1, heads, head size of the values], None.
+        [sequences, 1, heads, head size of the values] of the query's type, None.
     """
     grouped = query.reshape(*key.shape[:2], -1, query.shape[-1])
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = (grouped.float() @ key.float().transpose(2, 3)).mul_(scaling)
-    if attention_mask is not None:
-        scores.masked_fill_(~attention_mask, -torch.inf)
-    output = scores.softmax(-1).to(value.dtype) @ value
-    return output.reshape(*query.shape[:3], -1).transpose(1, 2), None
+    with torch.autocast(query.device.type, enabled=False):
+        scores = (grouped.float() * scaling) @ key.float().transpose(2, 3)
+        if attention_mask is not None:
+            scores.masked_fill_(~attention_mask, -torch.inf)
+        output = scores.softmax(-1) @ value.float()
+    return output.to(query.dtype).reshape(*query.shape[:3], -1).transpose(1, 2), None
 
 
 def no_mask_or_sdpas(*args, attention_mask=None, **kwargs):

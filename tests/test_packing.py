@@ -164,7 +164,8 @@ def test_attention_of_one_token_is_that_of_sdpa(dtype, heads, scaling):
         torch.testing.assert_close(one, expected, atol=tolerance, rtol=0)
 
 
-def test_one_token_tells_large_products_apart_in_bf16():
+@pytest.mark.parametrize("autocast", [False, True])
+def test_one_token_tells_large_products_apart_in_bf16(autocast):
     """A bias of the keys, as Qwen2 has it: bf16 rounds its products with queries by whole units."""
     rng = torch.Generator().manual_seed(0)
     query = (1 + torch.randn(1, 2, 1, 64, generator=rng)).bfloat16()
@@ -173,6 +174,7 @@ def test_one_token_tells_large_products_apart_in_bf16():
     exact = torch.nn.functional.scaled_dot_product_attention(
         query.double(), key.double(), value.double()
     )
-    one, _ = packed_attention(SimpleNamespace(), query, key, value, None)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        one, _ = packed_attention(SimpleNamespace(), query, key, value, None)
     assert (query.double() @ key.double().transpose(2, 3) / 8).abs().min() > 128
     assert (one.transpose(1, 2) - exact).norm() < 0.01 * exact.norm()
