@@ -182,8 +182,8 @@ class RoomyLayer(DynamicLayer):
         end = start + key_states.shape[2]
         if start == 0 or end > self.stored[0].shape[2]:
             dtype = self.keys.dtype if start else key_states.dtype
-            shapes = [(*t.shape[:2], end + self.room, t.shape[3]) for t in new]
-            stored = [key_states.new_zeros(shape, dtype=dtype) for shape in shapes]
+            size = end + self.room
+            stored = [t.new_zeros(*t.shape[:2], size, t.shape[3], dtype=dtype) for t in new]
             if start:
                 stored[0][:, :, :start], stored[1][:, :, :start] = self.keys, self.values
         else:
