@@ -6,6 +6,7 @@ another number of processes, sees the same articles in the same update.
 
 import functools
 import math
+from dataclasses import replace
 
 import torch
 
@@ -13,6 +14,7 @@ import packing
 from prompting import Example
 
 IGNORED = -100  # cross_entropy's ignore_index
+LEARNT = 256  # tokens of an article that carry loss in one update, where they do at all
 
 
 @functools.lru_cache(maxsize=2)  # asked for at every update
@@ -25,6 +27,28 @@ def epoch_order(num_articles: int, seed: int, epoch: int) -> torch.Tensor:
 def dropout_seed(seed: int, step: int, rank: int) -> int:
     """Return what to seed torch with before an update, so that nothing depends on the past."""
     return (seed * 1_000_003 + step) * 1_009 + rank
+
+
+def learn_articles_too(examples: list[Example], weight: float, seed: int, step: int):
+    """Return the examples of an update with a random part of each article's tokens to be learnt.
+
+    Loss on what is read, beside what is to be written (arXiv 2405.14394): a base that knows little
+    French learns more of it from an article than from its title. No more than LEARNT tokens of an
+    article are drawn, so that their logits need not exist for the whole of it; each stands for all
+    that were not, so the expected gradient is that of all tokens, of the given weight.
+
+    Args:
+        weight: of a token of the article; that of a title's token is 1.
+        seed, step: of the run, and of the update: they decide what is drawn.
+    """
+    generator, drawn = torch.Generator().manual_seed(seed * 1_000_003 + step), []
+    for example in examples:
+        places = [place for place in example.article if place > 0]  # nothing says the very first
+        chosen = torch.randperm(len(places), generator=generator)[:LEARNT].sort().values
+        each = weight * len(places) / max(1, len(chosen))
+        learnt = tuple(places[index] for index in chosen.tolist())
+        drawn.append(replace(example, learnt=learnt, learnt_weight=each))
+    return drawn
 
 
 def deal(examples: list[Example], micro_batch_size: int, rank: int = 0, world_size: int = 1):
@@ -65,18 +89,22 @@ def pack(examples: list[Example], device: torch.device) -> dict:
 
     Returns:
         `packing.pack` of the ids; `logits_to_keep` and `labels`, int64 [title tokens]: indices in
-        the row, and the tokens that come after them.
+        the row, and the tokens that come after them. Where tokens of articles are learnt too, they
+        are among them, and `weights`, float32 of that shape, says how much each counts.
     """
     row = packing.pack([example.ids for example in examples], device)
-    keep, labels, start = [], [], 0
+    keep, labels, weights, start = [], [], [], 0
     for example in examples:
+        learnt = [*example.learnt, *range(example.num_prompt_ids, len(example.ids))]
+        keep.extend(start + position - 1 for position in learnt)
+        labels.extend(example.ids[position] for position in learnt)
+        weights += [example.learnt_weight] * len(example.learnt) + [1.0] * example.num_title_ids
         start += len(example.ids)
-        keep.extend(range(start - example.num_title_ids - 1, start - 1))
-        labels.extend(example.ids[example.num_prompt_ids :])
-    return row | {
-        "logits_to_keep": torch.tensor(keep, dtype=torch.long).to(device),
-        "labels": torch.tensor(labels, dtype=torch.long).to(device),
-    }
+    row["logits_to_keep"] = torch.tensor(keep, dtype=torch.long).to(device)
+    row["labels"] = torch.tensor(labels, dtype=torch.long).to(device)
+    if any(example.learnt for example in examples):
+        row["weights"] = torch.tensor(weights).to(device)
+    return row
 
 
 def pad_left(examples: list[Example], device: torch.device) -> dict:

@@ -328,7 +328,8 @@ def _differences(recorded: dict, current: dict) -> list[str]:
     free += ("push_to_hub", "ddp_timeout")
     # Of these, the contents are compared.
     free += ("train_file", "validation_file", "prompt_file", "model_name_or_path")
-    before = {k: v for k, v in recorded["arguments"].items() if k not in free}
+    before = {"prompt_loss_weight": 0.0} | recorded["arguments"]  # runs from before it existed
+    before = {k: v for k, v in before.items() if k not in free}
     after = {k: v for k, v in current["arguments"].items() if k not in free}
     for key in ("base_fingerprint", "prompt", "articles_per_update"):
         before[key], after[key] = recorded[key], current[key]

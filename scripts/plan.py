@@ -3,7 +3,7 @@
 import math
 from array import array
 
-from batching import epoch_order, split_update
+from batching import LEARNT, epoch_order, split_update
 from memory import WAYS
 
 CHECKED_EXACTLY = 25_000  # rows; of larger files, lengths are told from no more than that
@@ -44,12 +44,15 @@ def measure_lengths(prompt, articles) -> dict:
 
 
 def largest_micro_batch(lengths: dict, args, num_processes: int, updates: int) -> tuple[int, int]:
-    """Return the tokens, and title tokens among them, of the run's largest micro-batch.
+    """Return the tokens, and those among them that are learnt, of the run's largest micro-batch.
 
     It is found by dealing out the rows of `measure_lengths` as training will. (Of a large file
     they are a part, from which as many updates are made as there are rows for.)
     """
     tokens, titles = lengths["row_tokens"], lengths["row_titles"]
+    if args.prompt_loss_weight:
+        pairs = zip(tokens, titles, strict=True)
+        titles = [title + min(LEARNT, length - title) for length, title in pairs]
     size = args.per_device_train_batch_size
     update_size = size * args.gradient_accumulation_steps * num_processes
     updates_per_epoch = math.ceil(len(tokens) / update_size)
@@ -87,7 +90,8 @@ def describe_plan(args, accelerator, adapted, prompt, checked, lengths, schedule
         f"{prompt.article_budget:,} tokens, {about}{lengths['titles_cut']:,} titles to "
         f"{prompt.max_title_tokens:,}",
         "tokens": f"{about}{lengths['tokens']:,} per epoch, of which {about}"
-        f"{lengths['title_tokens']:,} title tokens carry the loss",
+        f"{lengths['title_tokens']:,} title tokens carry the loss"
+        + (f", and articles {args.prompt_loss_weight:g} of theirs" * bool(args.prompt_loss_weight)),
         "updates": f"{updates:,} of {batch * accumulation * processes:,} articles ({batch} per "
         f"device x {accumulation} accumulated x {processes} processes), {updates_per_epoch:,} per "
         f"epoch, {warmup:,} to warm up",

@@ -6,6 +6,8 @@ never cut out of a tokenised whole, so that no tokeniser can merge across a bord
 
     [bos] + prefix + article (cut to the budget) + suffix   |   title + eos
     `------------------ prompt, no loss -----------------'      `- loss -'
+
+(With `--prompt_loss_weight`, some of the article's ids carry a little of the loss as well.)
 """
 
 import functools
@@ -52,9 +54,12 @@ class Example:
     """The ids of one article and, in training, of its title."""
 
     ids: list[int]
-    num_prompt_ids: int  # the first so many carry no loss
+    num_prompt_ids: int  # the first so many carry no loss, unless `learnt` has them
     article_cut: bool
     title_cut: bool = False
+    article: range = range(0)  # where its ids are
+    learnt: tuple[int, ...] = ()  # which of them carry loss all the same,
+    learnt_weight: float = 0.0  # and how much each, where an id of the title carries 1
 
     @property
     def num_title_ids(self) -> int:
@@ -168,12 +173,13 @@ class Prompt:
         article_ids = self._data_ids(article, self.article_budget, self.before_article)
         article_cut = len(article_ids) > self.article_budget
         prompt_ids = self.prefix_ids + article_ids[: self.article_budget] + self.suffix_ids
+        where = range(len(self.prefix_ids), len(prompt_ids) - len(self.suffix_ids))
         if title is None:
-            return Example(prompt_ids, len(prompt_ids), article_cut)
+            return Example(prompt_ids, len(prompt_ids), article_cut, article=where)
         title_ids = self._data_ids(title, self.max_title_tokens - 1, self.before_title)
         title_cut = len(title_ids) > self.max_title_tokens - 1
         title_ids = [*title_ids[: self.max_title_tokens - 1], self.tokenizer.eos_token_id]
-        return Example(prompt_ids + title_ids, len(prompt_ids), article_cut, title_cut)
+        return Example(prompt_ids + title_ids, len(prompt_ids), article_cut, title_cut, where)
 
     def decode(self, new_ids: list[int]) -> str:
         """Return the title in the ids that a model wrote after a prompt: their first line, up to

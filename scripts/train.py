@@ -14,11 +14,12 @@ import math
 import os
 import time
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from pathlib import Path
 
 from articles import Columns, check_articles, open_articles
-from exit_codes import STOPPED, keep_group, note, printable, run
+from exit_codes import STOPPED, UserError, keep_group, note, printable, run
 from hub import check_hub, push
 from hygiene import Survey, report_rows, report_titles
 from machine import check_devices
@@ -45,6 +46,7 @@ MAX_SKIPPED_IN_A_ROW = 5  # updates whose gradient is not finite, before the run
 
 
 WEIGHTS_HELP = "QLoRA; the same, dequantized once: faster, larger; plain LoRA"
+PROMPT_LOSS_HELP = "of an article's token in the loss, where a title's is 1"
 CHECKPOINTING_HELP = "auto: what memory asks for; none, full, or a number N for every Nth layer"
 
 
@@ -78,6 +80,7 @@ def parse_args(argv=None):
     add("--gradient_accumulation_steps", type=int, default=2, help="forward passes per update")
     add("--learning_rate", type=float, default=2e-4, help="after the warm-up")
     add("--warmup_ratio", type=float, default=0.03, help="share of the updates that warm up")
+    add("--prompt_loss_weight", type=float, default=0.0, help=PROMPT_LOSS_HELP)
     add("--max_grad_norm", type=float, default=0.3, help="larger gradients are scaled down to it")
     add("--activation_checkpointing", default="auto", metavar="WHEN", help=CHECKPOINTING_HELP)
     add("--mixed_precision", choices=["bf16", "no"], default="bf16", help="no: all in fp32")
@@ -100,6 +103,9 @@ def parse_args(argv=None):
         if name in ("lora_dropout", "warmup_ratio"):
             if not 0 <= value < 1:
                 parser.error(f"--{name} {value}: give a number from 0 to below 1")
+        elif name == "prompt_loss_weight":
+            if not 0 <= value <= 1:
+                parser.error(f"--{name} {value}: give a number from 0 to 1")
         elif name in ("seed", "num_eval_titles"):
             if not 0 <= value < 2**32:  # numpy takes no larger seed
                 parser.error(f"--{name} {value}: give a number from 0 to below 2**32")
@@ -161,7 +167,7 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
     from peft import LoraConfig, get_peft_model
     from torch.optim import AdamW
 
-    from batching import deal, dropout_seed, epoch_order, pack, pad_left
+    from batching import deal, dropout_seed, epoch_order, learn_articles_too, pack, pad_left
     from checkpoints import (
         find_checkpoint,
         first_state,
@@ -285,6 +291,9 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
         packs = use_packed_attention(unwrapped.eval(), args.max_length)
     make_batch = pack if packs else pad_left
     if make_batch is pad_left:
+        if args.prompt_loss_weight:
+            what = "this model takes no packed rows"
+            raise UserError("--prompt_loss_weight", what, "leave it out")
         note("this model takes no packed rows; shorter articles of a micro-batch are padded")
 
     def saved() -> tuple:
@@ -322,6 +331,16 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
         on_main_process(accelerator, record_evaluation, output_dir, state, limit)
         return True
 
+    def read_update(step: int) -> list:
+        """Return the articles of an update with their titles, as ids."""
+        epoch, update = divmod(step, updates_per_epoch)
+        order = epoch_order(len(train_articles), args.seed, epoch)
+        rows = train_articles[order[update * update_size : (update + 1) * update_size].tolist()]
+        examples = list(map(prompt.encode, rows["text"], rows["title"]))
+        if args.prompt_loss_weight:
+            examples = learn_articles_too(examples, args.prompt_loss_weight, args.seed, step)
+        return examples
+
     stop.listen()  # from here on there is something to lose
     model.train()
     progress_bar = tqdm(
@@ -331,6 +350,7 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
         disable=not accelerator.is_main_process,
     )
     recent = deque(maxlen=PACE)
+    reader, ahead = ThreadPoolExecutor(1), None
     stopping = False
     if state["evaluated_steps"] < state["completed_steps"] and milestone(state["completed_steps"]):
         # The run was stopped before or in it. Were it to stop for its time again, it never got on.
@@ -344,9 +364,7 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
             break
         start_time = time.perf_counter()
         epoch, update = divmod(step, updates_per_epoch)
-        order = epoch_order(len(train_articles), args.seed, epoch)
-        rows = train_articles[order[update * update_size : (update + 1) * update_size].tolist()]
-        examples = list(map(prompt.encode, rows["text"], rows["title"]))
+        examples = read_update(step) if ahead is None else ahead.result()
         # Every process knows the whole update, and so what its own share of it weighs.
         num_title_tokens = sum(example.num_title_ids for example in examples)
         micro_batches = deal(
@@ -355,6 +373,9 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
             accelerator.process_index,
             accelerator.num_processes,
         )
+
+        # Reading the next ones takes a GPU nothing: it computes what was asked of it by then.
+        ahead = reader.submit(read_update, step + 1) if step + 1 < num_training_steps else None
 
         # -------------------------------------------------------------- one update
         torch.manual_seed(dropout_seed(args.seed, step, accelerator.process_index))
@@ -414,6 +435,7 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
             give_up(accelerator, output_dir, *saved(), state)
 
         # After each epoch, every N updates and at the end, a checkpoint and then an evaluation.
+        wait([ahead] if ahead else [])  # a tokenizer serves one thread at a time
         stopping = num_asked > 0
         if stopping or milestone(step + 1):
             on_main_process(accelerator, save_checkpoint, output_dir, *saved(), state)
@@ -446,14 +468,18 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
 
 
 def title_loss(model, batch):
-    """Return the cross-entropy of title tokens and EOS, summed over a batch of `batching`."""
+    """Return the cross-entropy of title tokens and EOS, summed over a batch of `batching`; of
+    tokens of articles too, by their weights, where there are any among the labels."""
     import torch.nn.functional as F
 
     from batching import IGNORED
 
-    inputs, labels = {k: v for k, v in batch.items() if k != "labels"}, batch["labels"]
+    inputs = {k: v for k, v in batch.items() if k not in ("labels", "weights")}
     logits = model(**inputs, use_cache=False).logits.flatten(0, -2)  # where labels are, alone
-    return F.cross_entropy(logits.float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    labels, how = batch["labels"].flatten(), {"ignore_index": IGNORED}
+    if (weights := batch.get("weights")) is None:
+        return F.cross_entropy(logits.float(), labels, reduction="sum", **how)
+    return (F.cross_entropy(logits.float(), labels, reduction="none", **how) * weights).sum()
 
 
 def evaluate(accelerator, model, make_batch, prompt, articles, args, state, stop_asked) -> bool:

@@ -6,7 +6,16 @@ import random
 import pytest
 import torch
 
-from batching import IGNORED, deal, dropout_seed, epoch_order, pack, pad_left
+from batching import (
+    IGNORED,
+    LEARNT,
+    deal,
+    dropout_seed,
+    epoch_order,
+    learn_articles_too,
+    pack,
+    pad_left,
+)
 from prompting import Example
 
 CPU = torch.device("cpu")
@@ -75,6 +84,33 @@ def test_a_packed_row_has_every_article_once_and_no_padding():
     # The id 0 is a label where it is a title's, and the third, a dealt dummy, has none.
     assert batch["logits_to_keep"].tolist() == [1, 2, 4]
     assert batch["labels"].tolist() == [7, 0, 8]
+
+
+def test_of_long_articles_so_many_tokens_are_learnt_that_stand_for_all():
+    long = Example(list(range(1000)), 950, False, article=range(0, 940))
+    short = Example(list(range(60)), 50, False, article=range(10, 45))
+    bare = Example(list(range(9)), 5, False, article=range(0))
+    drawn = [learn_articles_too([long, short, bare], 0.1, 7, step) for step in (3, 4)]
+    for example, article in zip(drawn[0], (range(1, 940), range(10, 45), range(0)), strict=True):
+        assert list(example.learnt) == sorted(set(example.learnt) & set(article))
+        assert len(example.learnt) == min(LEARNT, len(article))
+        whole = len(example.learnt) * example.learnt_weight
+        assert whole == pytest.approx(0.1 * len(article))
+    assert drawn[0] == learn_articles_too([long, short, bare], 0.1, 7, 3)
+    assert drawn[0][0].learnt != drawn[1][0].learnt
+    assert drawn[0][0].learnt != learn_articles_too([long, short, bare], 0.1, 8, 3)[0].learnt
+    # In 60 updates, each token of the article had its turn.
+    turns = (learn_articles_too([long], 0.1, 7, step)[0].learnt for step in range(60))
+    assert set().union(*turns) == set(range(1, 940))
+
+
+def test_what_is_learnt_of_an_article_is_among_the_labels_with_its_weight():
+    some = Example([5, 6, 7, 0], 3, False, article=range(1, 3), learnt=(1, 2), learnt_weight=0.5)
+    batch = pack([Example([9, 8], 1, False), some], CPU)
+    assert batch["input_ids"].tolist() == [[9, 8, 5, 6, 7, 0]]
+    assert batch["logits_to_keep"].tolist() == [0, 2, 3, 4]
+    assert batch["labels"].tolist() == [8, 6, 7, 0]
+    assert batch["weights"].tolist() == [1.0, 0.5, 0.5, 1.0]
 
 
 def test_padding_is_on_the_left_and_made_from_lengths():

@@ -812,6 +812,10 @@ SHARE = Rule(
     (1, -0.01, "nan", "inf", "-inf"),
     "{script}: error: --{name} {value}: give a number from 0 to below 1",
 )
+UP_TO_1 = Rule(
+    (-0.01, 1.01, "nan", "inf", "-inf"),
+    "{script}: error: --{name} {value}: give a number from 0 to 1",
+)
 BELOW_2_32 = Rule(
     (-1, 2**32), "{script}: error: --{name} {value}: give a number from 0 to below 2**32"
 )
@@ -823,6 +827,7 @@ STEPS = Rule((0, -1), "error: --{name}: out of range; give 1 or more, or --no-mo
 RULES = {
     ("train.py", "lora_dropout"): [SHARE],
     ("train.py", "warmup_ratio"): [SHARE],
+    ("train.py", "prompt_loss_weight"): [UP_TO_1],
     ("train.py", "seed"): [BELOW_2_32],
     ("train.py", "num_eval_titles"): [BELOW_2_32],
     ("infer.py", "length_penalty"): [ANY_FINITE],

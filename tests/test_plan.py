@@ -7,7 +7,7 @@ import pytest
 from conftest import byte_level_tokenizer, french_rows
 
 import plan
-from batching import deal, epoch_order
+from batching import LEARNT, deal, epoch_order
 from prompting import Example, Prompt
 
 
@@ -58,7 +58,8 @@ def test_of_a_large_file_evenly_spaced_rows_are_counted(monkeypatch):
 
 def arguments(**changes):
     values = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
-    return argparse.Namespace(**values | {"num_train_epochs": 2, "seed": 7} | changes)
+    values |= {"num_train_epochs": 2, "seed": 7, "prompt_loss_weight": 0.0}
+    return argparse.Namespace(**values | changes)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -81,6 +82,14 @@ def test_the_largest_micro_batch_is_one_of_those_to_come(world_size, updates):
                 )
                 found.append(sums)
     assert plan.largest_micro_batch(lengths, arguments(), world_size, updates) == max(found)
+
+
+def test_the_largest_micro_batch_counts_what_is_learnt_of_articles():
+    lengths = {"row_tokens": array("I", [900, 40]), "row_titles": array("I", [30, 10])}
+    once = arguments(per_device_train_batch_size=2, gradient_accumulation_steps=1)
+    assert plan.largest_micro_batch(lengths, once, 1, 1) == (940, 40)
+    once.prompt_loss_weight = 0.1
+    assert plan.largest_micro_batch(lengths, once, 1, 1) == (940, 40 + LEARNT + 30)
 
 
 def test_the_time_to_come_goes_by_tokens():

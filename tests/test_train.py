@@ -389,6 +389,85 @@ def test_loss_and_gradients_equal_the_textbook_way(loaded, name):
     assert all(gradient.any() for gradient in gradients[0].values())
 
 
+def test_loss_on_articles_is_the_textbooks_with_weights(loaded):
+    """All tokens of articles are drawn here: none has more than LEARNT."""
+    import torch
+    import torch.nn.functional as F
+
+    from batching import LEARNT, learn_articles_too, pack
+    from packing import use_packed_attention
+
+    model, prompt = loaded
+    model.set_attn_implementation("sdpa")
+    assert use_packed_attention(model, 300)
+    rows = french_rows(5, seed=4)
+    examples = [prompt.encode(row["text"], row["titles"]) for row in rows]
+    assert 5 < min(len(e.article) for e in examples) <= max(len(e.article) for e in examples)
+    assert max(len(example.article) for example in examples) <= LEARNT
+    expected = torch.zeros(())
+    for example in examples:
+        ids = torch.tensor([example.ids])
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+        losses = F.cross_entropy(logits, ids[0, 1:], reduction="none")
+        weights = torch.full_like(losses, 0.25)
+        weights[: example.article.start - 1] = 0
+        weights[example.article.stop - 1 : example.num_prompt_ids - 1] = 0
+        weights[example.num_prompt_ids - 1 :] = 1
+        expected = expected + (losses * weights).sum()
+        shown = prompt.tokenizer.decode(example.ids[example.article.start : example.article.stop])
+        assert "Article" not in shown
+        assert "Titre" not in shown
+    gradients = []
+    learnt = learn_articles_too(examples, 0.25, 42, 3)
+    for loss in (train.title_loss(model, pack(learnt, torch.device("cpu"))), expected):
+        model.zero_grad()
+        loss.backward()
+        trained = ((n, p) for n, p in model.named_parameters() if p.requires_grad)
+        gradients.append({n: p.grad.clone() for n, p in trained})
+    assert difference(*gradients) < 1e-5
+
+
+def test_loss_on_articles_does_not_depend_on_the_split_and_resumes(tiny_model, news, tmp_path):
+    more = (*EXACT, "--prompt_loss_weight", "0.1", "--checkpointing_steps", "2")
+    split = ("--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "8")
+    call(train.main, *train_args(tiny_model, news, tmp_path / "one", *more))
+    call(train.main, *train_args(tiny_model, news, tmp_path / "other", *more, *split))
+    assert difference(adapter(tmp_path / "one"), adapter(tmp_path / "other")) < 1e-3
+    whole = adapter(tmp_path / "one")
+    again = ("--resume_from_checkpoint", tmp_path / "one/checkpoints/step-000002")
+    call(train.main, *train_args(tiny_model, news, tmp_path / "one", *more, *again))
+    assert difference(adapter(tmp_path / "one"), whole) == 0
+    without = train_args(tiny_model, news, tmp_path / "without", *EXACT)
+    call(train.main, *without)
+    assert difference(adapter(tmp_path / "without"), whole) > 0.01
+
+
+def test_the_next_articles_are_read_while_an_update_is_computed(
+    tiny_model, news, tmp_path, monkeypatch
+):
+    """The first forward pass waits here until the second update's articles are being read."""
+    import threading
+
+    from prompting import Prompt
+
+    original_loss, original_encode, ahead = train.title_loss, Prompt.encode, threading.Event()
+
+    def encode(self, *texts):
+        if threading.current_thread() is not threading.main_thread():
+            ahead.set()
+        return original_encode(self, *texts)
+
+    def title_loss(model, batch):
+        assert ahead.wait(60)
+        return original_loss(model, batch)
+
+    monkeypatch.setattr(Prompt, "encode", encode)
+    monkeypatch.setattr(train, "title_loss", title_loss)
+    args = train_args(tiny_model, news, tmp_path / "run", "--max_train_steps", "2")
+    call(train.main, *args)
+    assert ahead.is_set()
+
+
 @pytest.mark.parametrize("name", ["pack", "pad_left"])
 def test_logits_are_made_for_titles_only(loaded, name):
     import torch
