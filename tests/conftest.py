@@ -33,7 +33,8 @@ socket.socket.connect = connect
 exec(BLOCK_NETWORK)  # here, and through PYTHONPATH in every Python that a test starts
 _site = tempfile.TemporaryDirectory(prefix="manchette-tests-")
 Path(_site.name, "sitecustomize.py").write_text(BLOCK_NETWORK)
-os.environ["PYTHONPATH"] = _site.name
+_others = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
+os.environ["PYTHONPATH"] = os.pathsep.join([_site.name, *_others])
 
 WORDS = (  # noqa: SIM905
     "le la les un une des à de du en sur pour avec dans maire ville élu élève hôpital œuvre été "

@@ -22,6 +22,7 @@ those of the challenge; `--model tiny` tries the same on a CPU:
 """
 
 import argparse
+import csv
 import itertools
 import json
 import os
@@ -59,6 +60,8 @@ def parse_args(argv=None):
     add("--gradient_accumulation_steps", type=int, default=2, help="of all loops")
     add("--ours", nargs="*", default=[], metavar="NAME=OPTIONS", help="more loops of train.py")
     add("--output_file", help="JSON with every figure, written anew after each turn")
+    add("--make", metavar="FOLDER", help="write the model and articles.csv to it, and no more")
+    add("--rows", type=int, default=1500, help="of articles.csv")
     add("--child", help=argparse.SUPPRESS)
     add("--folder", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -68,6 +71,9 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     if args.child:
         run_peer(args)
+        return
+    if args.make:
+        make(args.model, Path(args.make), args.rows)
         return
     variants = dict(option.split("=", 1) for option in args.ours)
     loops = args.loops + list(variants)
@@ -124,6 +130,16 @@ def prepare(args, folder: Path, rows: int) -> None:
     with open(folder / "train.jsonl", "w", encoding="utf-8") as stream:
         for _, (text, title) in zip(range(rows), source, strict=False):
             stream.write(json.dumps({"text": text, "titles": title}) + "\n")
+
+
+def make(shape: str, folder: Path, rows: int) -> None:
+    """Write a model of random weights and as many articles, to be given as a model and its data."""
+    articles = itertools.islice(made_up_rows(make_model(folder / "model", SHAPES[shape])), rows)
+    with open(folder / "articles.csv.part", "w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["ID", "text", "titles"])
+        writer.writerows((number, *article) for number, article in enumerate(articles))
+    Path(stream.name).rename(folder / "articles.csv")
 
 
 def make_model(folder: Path, shape: dict) -> str:

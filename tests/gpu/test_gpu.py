@@ -27,6 +27,15 @@ def wide_model(tmp_path_factory):
 
 
 @pytest.fixture
+def ieee_products():
+    """Products in fp32 without tf32, which a training run turns on for the whole process."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+    yield
+    matmul.fp32_precision = before
+
+
+@pytest.fixture
 def spied_optimizers(monkeypatch):
     """The optimizers that train.py makes, to look at their states afterwards."""
     import bitsandbytes.optim
@@ -98,7 +107,7 @@ def test_trains_infers_and_merges_on_the_gpu(wide_model, news, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_batches_packed_rows_and_continuous_batching_on_the_gpu(wide_model, dtype):
+def test_batches_packed_rows_and_continuous_batching_on_the_gpu(wide_model, dtype, ieee_products):
     """In fp32 all write the same; in bf16, whose packed rows take another kernel, most of it."""
     from conftest import french_rows
 
@@ -123,13 +132,23 @@ def test_batches_packed_rows_and_continuous_batching_on_the_gpu(wide_model, dtyp
         assert sum(padded[row].title[:3] == packed[row].title[:3] for row in padded) >= 9
 
 
-def test_a_batch_that_does_not_fit_on_the_gpu_is_halved(wide_model, news, tmp_path, capsys):
-    options = ("--model_name_or_path", wide_model, "--input_file", news / "test.csv")
-    options += ("--base_weights", "fp32", "--max_batch_tokens", "100000")
+def test_a_batch_that_does_not_fit_on_the_gpu_is_halved(
+    wide_model, tmp_path, capsys, ieee_products
+):
+    """Of articles so long that the weights are the smaller part of what they take."""
+    from conftest import french_rows, write_csv
+
+    rows = [row for row in french_rows(200, seed=3, longest=160) if len(row["text"]) > 500][:64]
+    write_csv(tmp_path / "test.csv", rows)
+    options = ("--model_name_or_path", wide_model, "--input_file", tmp_path / "test.csv")
+    options += ("--base_weights", "fp32", "--max_batch_tokens", "100000", "--max_new_tokens", "8")
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
     call(infer.main, *options, "--output_file", tmp_path / "roomy.csv")
     taken, all_of_it = torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()[1]
+    assert taken > 4 * (wide_model / "model.safetensors").stat().st_size  # which is in bf16
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(0.8 * taken / all_of_it)
+    torch.cuda.set_per_process_memory_fraction(0.7 * taken / all_of_it)
     try:
         call(infer.main, *options, "--output_file", tmp_path / "tight.csv")
     finally:
@@ -199,3 +218,59 @@ def test_packed_rows_on_the_gpu_are_those_of_single_articles(wide_model):
         results.append((sum(losses).item(), gradient))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-3)
     assert (results[0][1] - results[1][1]).norm() < 0.02 * results[1][1].norm()
+
+
+@pytest.mark.parametrize("base_weights", ["nf4", "bf16"])
+def test_what_is_expected_of_a_micro_batch_is_what_it_takes(tmp_path, base_weights):
+    """Two layers as wide as those of Llama-2-7B; where it fails, it tells what autograd keeps."""
+    import argparse
+    from collections import Counter
+
+    from peft import LoraConfig, get_peft_model
+
+    import memory
+    from batching import pack
+    from modeling import fuse_lora, load_base, skeleton
+    from packing import PACKED, use_packed_attention
+    from prompting import Example
+
+    shape = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
+    shape |= {"num_key_value_heads": 32, "num_hidden_layers": 2}
+    folder = save_tiny_model(tmp_path, byte_level_tokenizer(), **shape)
+    config = LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear")
+    examples = [Example([5] * length, length - 50, False) for length in (800, 700, 500, 400)]
+
+    weightless = skeleton(str(folder), torch.bfloat16)
+    weightless.set_attn_implementation(PACKED)
+    counted = get_peft_model(weightless, config)
+    fuse_lora(counted)
+    args = argparse.Namespace(mixed_precision="bf16")
+    expected = memory._peak_in_use(counted.train(), args, "cuda", (2400, 200), 1)
+
+    model = load_base(str(folder), CUDA, torch.bfloat16, nf4=base_weights == "nf4")
+    assert use_packed_attention(model, 1024)
+    model = get_peft_model(model, config)
+    fuse_lora(model)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    batch, kept = pack(examples, CUDA), {}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            what = (tuple(tensor.shape), str(tensor.dtype), tensor.untyped_storage().nbytes())
+            kept[tensor.untyped_storage().data_ptr()] = what
+        return tensor
+
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with torch.autocast("cuda", torch.bfloat16), hooks:
+        loss = train.title_loss(model.train(), batch)
+    after_forward = torch.cuda.memory_allocated() - before
+    loss.backward()
+    taken = torch.cuda.max_memory_allocated() - before
+    if base_weights == "nf4":
+        expected += 2 * 4096 * 11008 * 2  # as `expected_peak` adds for products
+    table = "\n".join(f"{n} x {what}" for what, n in Counter(kept.values()).most_common())
+    told = f"{expected:,} expected, {taken:,} taken, {after_forward:,} after the forward pass"
+    assert expected == pytest.approx(taken, rel=0.1), f"{told}\n{table}"
