@@ -34,6 +34,9 @@ MOMENTS = 8  # bytes of AdamW's two, in fp32, per weight that trains
 CPU_EXTRA = int(1.9 * 2**30)
 HOLES = 1.07  # times what is in use
 UNTUNED_HOLES = 1.6  # where glibc is not told what scripts/launch.sh tells it
+# On a GPU, more is kept between the passes than is counted; why is not known yet. Fitted to two
+# runs of Llama-2-7B's shape on an H200, every layer checkpointed and none (estimates_gpu.json).
+GPU_EXTRA = 1.3  # times what is in use
 
 
 def plan_memory(
@@ -46,7 +49,7 @@ def plan_memory(
         lora_config: of the run.
         args: of train.py.
         device: where the run is going to be.
-        micro_batch: tokens, and title tokens among them, of its largest micro-batch.
+        micro_batch: tokens, and those that are learnt, of its largest micro-batch.
         shards: processes that the model is spread over; what is told is that of each.
 
     Returns:
@@ -104,7 +107,7 @@ def expected_peak(
         if device.type == "cpu":
             tuned = "tcache_count=0" in os.environ.get("GLIBC_TUNABLES", "")
             return int(CPU_EXTRA + fixed + (HOLES if tuned else UNTUNED_HOLES) * in_use)
-        return int(fixed + in_use)
+        return int(fixed + GPU_EXTRA * in_use)
     return None
 
 
@@ -139,13 +142,13 @@ def _peak_in_use(model, args, kind: str, micro_batch: tuple[int, int], shards: i
 
     Without gradients, which are given away as soon as they exist, where there are `shards`.
     """
-    tokens, titles = micro_batch
+    tokens, learnt = micro_batch
     with FakeTensorMode(allow_non_fake_inputs=True):  # those on meta, until they are moved
         model.to_empty(device=kind)
         for parameter in model.parameters() if shards > 1 else ():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-        batch = pack([Example([0] * tokens, tokens - titles, False)], torch.device(kind))
+        batch = pack([Example([0] * tokens, tokens - learnt, False)], torch.device(kind))
         if kind == "cpu":  # attention would ask for the borders' values
             del batch["cu_seq_lens_q"]
         with _Count(model) as count:

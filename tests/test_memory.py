@@ -57,7 +57,7 @@ def test_what_is_expected_is_what_the_same_micro_batch_takes(
     folder, way, every, dropout, precision
 ):
     """The model with its weights, on several articles, counted by the same means. (On a CPU; asked
-    for a GPU, so that neither holes nor libraries are added.)"""
+    for a GPU, where neither holes nor libraries are added, but a share, which is taken out.)"""
     from peft import get_peft_model
 
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -83,7 +83,7 @@ def test_what_is_expected_is_what_the_same_micro_batch_takes(
     fixed = sum(p.nbytes for p in model.parameters() if not hasattr(p, "quant_state"))
     fixed += memory.NF4_BYTES * sum(torch.Size(p.quant_state.shape).numel() for p in linears)
     fixed += memory.MOMENTS * trainable
-    assert found - fixed == pytest.approx(count.peak, rel=0.05)
+    assert (found - fixed) / memory.GPU_EXTRA == pytest.approx(count.peak, rel=0.05)
 
 
 def test_the_expected_peak_grows_with_what_it_should(base):
