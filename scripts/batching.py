@@ -83,9 +83,9 @@ def split_update(lengths: list[int], micro_batch_size: int, world_size: int) -> 
 def pack(examples: list[Example], device: torch.device) -> dict:
     """Return a micro-batch as one packed row, without any padding.
 
-    Logits are asked for where they predict a title's token alone: the tensor [length, vocabulary]
-    never exists. Where a title begins is known from lengths, never from a pad id, which may well
-    be the EOS that the model has to learn.
+    Logits are asked for where they predict a title's token alone, or one that is learnt too: the
+    tensor [length, vocabulary] never exists. Where a title begins is known from lengths, never from
+    a pad id, which may well be the EOS that the model has to learn.
 
     Returns:
         `packing.pack` of the ids; `logits_to_keep` and `labels`, int64 [title tokens]: indices in

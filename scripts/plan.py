@@ -84,14 +84,16 @@ def describe_plan(args, accelerator, adapted, prompt, checked, lengths, schedule
     processes, device = accelerator.num_processes, accelerator.device
     batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     updates, updates_per_epoch, warmup = schedule
+    weight, articles = args.prompt_loss_weight, ""
+    if weight:
+        articles = f", and up to {LEARNT} of each article, for all of them at weight {weight:g}"
     lines = {
         "articles": f"{checked['train'].rows:,} rows for training, {validation:,} for validation; "
         f"{about}{lengths['articles_cut']:,} training articles are cut to "
         f"{prompt.article_budget:,} tokens, {about}{lengths['titles_cut']:,} titles to "
         f"{prompt.max_title_tokens:,}",
         "tokens": f"{about}{lengths['tokens']:,} per epoch, of which {about}"
-        f"{lengths['title_tokens']:,} title tokens carry the loss"
-        + (f", and articles {args.prompt_loss_weight:g} of theirs" * bool(args.prompt_loss_weight)),
+        f"{lengths['title_tokens']:,} title tokens carry the loss{articles}",
         "updates": f"{updates:,} of {batch * accumulation * processes:,} articles ({batch} per "
         f"device x {accumulation} accumulated x {processes} processes), {updates_per_epoch:,} per "
         f"epoch, {warmup:,} to warm up",

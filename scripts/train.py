@@ -14,7 +14,6 @@ import math
 import os
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -350,12 +349,11 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
         disable=not accelerator.is_main_process,
     )
     recent = deque(maxlen=PACE)
-    reader, ahead = ThreadPoolExecutor(1), None
     stopping = False
     if state["evaluated_steps"] < state["completed_steps"] and milestone(state["completed_steps"]):
         # The run was stopped before or in it. Were it to stop for its time again, it never got on.
         stopping = not evaluate_and_record(stop.asked_by_others)
-    first_step = state["completed_steps"]
+    first_step, next_examples = state["completed_steps"], None
     # Should another node be lost, all that was done by then is on the first process.
     mine = (output_dir, unwrapped, adamw, state, first_step)
     nodes.on_loss(lambda: save_what_is_left(*mine, sharded))
@@ -364,7 +362,7 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
             break
         start_time = time.perf_counter()
         epoch, update = divmod(step, updates_per_epoch)
-        examples = read_update(step) if ahead is None else ahead.result()
+        examples = next_examples or read_update(step)
         # Every process knows the whole update, and so what its own share of it weighs.
         num_title_tokens = sum(example.num_title_ids for example in examples)
         micro_batches = deal(
@@ -373,9 +371,6 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
             accelerator.process_index,
             accelerator.num_processes,
         )
-
-        # Reading the next ones takes a GPU nothing: it computes what was asked of it by then.
-        ahead = reader.submit(read_update, step + 1) if step + 1 < num_training_steps else None
 
         # -------------------------------------------------------------- one update
         torch.manual_seed(dropout_seed(args.seed, step, accelerator.process_index))
@@ -399,6 +394,8 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
             grad_norm = grad_norm.full_tensor()
         # Sums over the processes: all skip this update, or none; all stop after it, or none.
         sums = accelerator.reduce(torch.stack([loss_sum, loss_sum.new_tensor(stop.asked())]))
+        # A GPU has yet to compute most of this when it has been asked for all: time to read on.
+        next_examples = read_update(step + 1) if step + 1 < num_training_steps else None
         loss, num_asked = sums[0].item() / num_title_tokens, sums[1].item()
         if finite := math.isfinite(loss) and bool(grad_norm.isfinite()):
             optimizer.step()
@@ -435,7 +432,6 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
             give_up(accelerator, output_dir, *saved(), state)
 
         # After each epoch, every N updates and at the end, a checkpoint and then an evaluation.
-        wait([ahead] if ahead else [])  # a tokenizer serves one thread at a time
         stopping = num_asked > 0
         if stopping or milestone(step + 1):
             on_main_process(accelerator, save_checkpoint, output_dir, *saved(), state)

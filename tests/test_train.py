@@ -13,6 +13,7 @@ from conftest import SCRIPTS, call, french_rows, train_args, write_csv
 
 import train
 from exit_codes import UserError
+from model_card import model_card
 
 EXACT = ("--lora_dropout", "0", "--mixed_precision", "no", "--num_train_epochs", "1")
 
@@ -427,7 +428,10 @@ def test_loss_on_articles_is_the_textbooks_with_weights(loaded):
     assert difference(*gradients) < 1e-5
 
 
-def test_loss_on_articles_does_not_depend_on_the_split_and_resumes(tiny_model, news, tmp_path):
+def test_loss_on_articles_does_not_depend_on_the_split_and_resumes(
+    tiny_model, news, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("batching.LEARNT", 8)
     more = (*EXACT, "--prompt_loss_weight", "0.1", "--checkpointing_steps", "2")
     split = ("--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "8")
     call(train.main, *train_args(tiny_model, news, tmp_path / "one", *more))
@@ -442,30 +446,61 @@ def test_loss_on_articles_does_not_depend_on_the_split_and_resumes(tiny_model, n
     assert difference(adapter(tmp_path / "without"), whole) > 0.01
 
 
-def test_the_next_articles_are_read_while_an_update_is_computed(
+def test_loss_on_articles_needs_packed_rows(tiny_model, news, tmp_path, monkeypatch):
+    monkeypatch.setattr("packing.use_packed_attention", lambda *_: False)
+    args = train_args(tiny_model, news, tmp_path / "run", "--prompt_loss_weight", "0.1")
+    with pytest.raises(UserError, match="--prompt_loss_weight: this model takes no packed rows"):
+        call(train.main, *args)
+
+
+def test_a_run_from_before_there_was_loss_on_articles_goes_on(tiny_model, news, tmp_path):
+    run_dir, more = tmp_path / "run", ("--max_train_steps", "2", "--checkpointing_steps", "1")
+    call(train.main, *train_args(tiny_model, news, run_dir, *more))
+    record = json.loads((run_dir / "run_config.json").read_text())
+    del record["arguments"]["prompt_loss_weight"]
+    (run_dir / "run_config.json").write_text(json.dumps(record))
+    first = ("--resume_from_checkpoint", run_dir / "checkpoints/step-000001")
+    call(train.main, *train_args(tiny_model, news, run_dir, *more, *first))
+    record = json.loads((run_dir / "run_config.json").read_text())
+    assert record["arguments"].pop("prompt_loss_weight") == 0
+    assert "| prompt_loss_weight | 0.0 |" in model_card(record)
+
+
+def test_the_next_articles_are_read_before_an_update_is_waited_for(
     tiny_model, news, tmp_path, monkeypatch
 ):
-    """The first forward pass waits here until the second update's articles are being read."""
-    import threading
+    """A step comes after the wait for loss and gradient: the next articles are there by then."""
+    from bitsandbytes.optim import PagedAdamW32bit
 
     from prompting import Prompt
 
-    original_loss, original_encode, ahead = train.title_loss, Prompt.encode, threading.Event()
+    original_loss, original_encode = train.title_loss, Prompt.encode
+    original_step, read, at_loss, at_step = PagedAdamW32bit.step, [], [], []
 
     def encode(self, *texts):
-        if threading.current_thread() is not threading.main_thread():
-            ahead.set()
+        read.append(texts)
         return original_encode(self, *texts)
 
     def title_loss(model, batch):
-        assert ahead.wait(60)
+        at_loss.append(len(read))
         return original_loss(model, batch)
+
+    def step(self, *arguments, **options):
+        at_step.append(len(read))
+        return original_step(self, *arguments, **options)
 
     monkeypatch.setattr(Prompt, "encode", encode)
     monkeypatch.setattr(train, "title_loss", title_loss)
-    args = train_args(tiny_model, news, tmp_path / "run", "--max_train_steps", "2")
+    monkeypatch.setattr(PagedAdamW32bit, "step", step)
+    one = ("--max_train_steps", "3", "--per_device_train_batch_size", "8")
+    one += ("--gradient_accumulation_steps", "1")
+    args = train_args(tiny_model, news, tmp_path / "run", *one)
+    del args[args.index("--validation_file") : args.index("--validation_file") + 2]
     call(train.main, *args)
-    assert ahead.is_set()
+    sizes = [row["articles"] for row in updates(tmp_path / "run")]
+    found = [after - before for before, after in zip(at_loss, at_step, strict=True)]
+    assert found == [*sizes[1:], 0]
+    assert at_loss[1:] == at_step[:-1]  # and nothing is read twice
 
 
 @pytest.mark.parametrize("name", ["pack", "pad_left"])

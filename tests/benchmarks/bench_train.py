@@ -60,8 +60,7 @@ def parse_args(argv=None):
     add("--gradient_accumulation_steps", type=int, default=2, help="of all loops")
     add("--ours", nargs="*", default=[], metavar="NAME=OPTIONS", help="more loops of train.py")
     add("--output_file", help="JSON with every figure, written anew after each turn")
-    add("--make", metavar="FOLDER", help="write the model and articles.csv to it, and no more")
-    add("--rows", type=int, default=1500, help="of articles.csv")
+    add("--make", metavar="FOLDER", help="write the model and 1,500 articles there, no more")
     add("--child", help=argparse.SUPPRESS)
     add("--folder", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -73,7 +72,7 @@ def main(argv=None) -> None:
         run_peer(args)
         return
     if args.make:
-        make(args.model, Path(args.make), args.rows)
+        make(args.model, Path(args.make), 1500)
         return
     variants = dict(option.split("=", 1) for option in args.ours)
     loops = args.loops + list(variants)
@@ -128,12 +127,15 @@ def prepare(args, folder: Path, rows: int) -> None:
     else:
         source = made_up_rows(args.model)
     with open(folder / "train.jsonl", "w", encoding="utf-8") as stream:
-        for _, (text, title) in zip(range(rows), source, strict=False):
+        taken = list(itertools.islice(source, rows))
+        if len(taken) < rows:
+            raise SystemExit(f"{args.data_file} has {len(taken)} of the {rows} articles asked for")
+        for text, title in taken:
             stream.write(json.dumps({"text": text, "titles": title}) + "\n")
 
 
 def make(shape: str, folder: Path, rows: int) -> None:
-    """Write a model of random weights and as many articles, to be given as a model and its data."""
+    """Write a model of random weights, and so many articles, as other starts read them."""
     articles = itertools.islice(made_up_rows(make_model(folder / "model", SHAPES[shape])), rows)
     with open(folder / "articles.csv.part", "w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)
@@ -229,7 +231,7 @@ def run_peer(args) -> None:
 
     from articles import Columns, iterate_articles
     from batching import epoch_order
-    from memory import peak_memory
+    from memory import describe_peak
     from modeling import decoder_linears, load_base
     from prompting import PROMPTS, Prompt, load_tokenizer, read_template
 
@@ -313,7 +315,7 @@ def run_peer(args) -> None:
         if parameter.requires_grad:  # TRL rounds a 4-bit model's adapter to bf16
             parameter.data = parameter.data.float()
     trainer.train()
-    print(f"peak memory {peak_memory(device)}")  # as train.py does
+    print(f"peak memory {describe_peak(device)}")  # as train.py does
 
 
 def summarise(runs: list[dict]) -> dict:

@@ -8,14 +8,14 @@
 #   MODEL=tiny UPDATES=8 ROWS=6 bash tests/benchmarks/gpu.sh OUT          a try on a CPU
 #
 # OUT gets a JSON for each part, with device, versions and command, and a log. The model of random
-# weights and the articles are made once, in OUT/model and OUT/articles.csv (SCRATCH=FOLDER for
-# another place, such as one in memory).
+# weights and its articles are made once, in OUT/llama-2-7b (SCRATCH=FOLDER: in another place than
+# OUT, such as one in memory).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 OUT="${1:?give a folder}"
 shift
 MODEL="${MODEL:-llama-2-7b}" UPDATES="${UPDATES:-100}" ROWS="${ROWS:-1500}"
-SCRATCH="${SCRATCH:-$OUT}"
+MADE="${SCRATCH:-$OUT}/$MODEL"
 CONFIG="${CONFIG:-accelerate_configs/single_gpu.yaml}"
 REAL=(${SLICE:+--train_rows "$SLICE" --validation_rows "$SLICE" --test_rows "$SLICE"})
 export HF_HUB_OFFLINE=1
@@ -27,16 +27,15 @@ part() {  # part NAME COMMAND...: its output goes to a log, of which the end is 
   tail -n 15 "$OUT/$1.log"
 }
 bench() {
-  [ -f "$SCRATCH/articles.csv" ] || python tests/benchmarks/bench_train.py --model "$MODEL" \
-    --make "$SCRATCH" --rows 1500 || return
-  python "tests/benchmarks/$1.py" --model "$SCRATCH/model" --data_file "$SCRATCH/articles.csv" \
-    "${@:2}"
+  [ -f "$MADE/articles.csv" ] ||
+    python tests/benchmarks/bench_train.py --model "$MODEL" --make "$MADE" || return
+  python "tests/benchmarks/$1.py" --model "$MADE/model" --data_file "$MADE/articles.csv" "${@:2}"
 }
 
 [ $# -gt 0 ] || set -- tests train variants smallest estimates overhead titles
 for name in "$@"; do
   case "$name" in
-    tests) part tests python -m pytest -q -m gpu tests/gpu ;;
+    tests) part tests python -m pytest -q -rP -m gpu tests/gpu ;;
     train) part train bench bench_train --updates "$UPDATES" --rounds 1 --lora_dropout 0 \
       --ours "nf4-bf16=--base_weights nf4-bf16" --output_file "$OUT/bench_train_gpu.json" ;;
     # What pays: each against the first, at the same articles per update.
