@@ -136,6 +136,7 @@ def prepare(args, folder: Path, rows: int) -> None:
 
 def make(shape: str, folder: Path, rows: int) -> None:
     """Write a model of random weights, and so many articles, as other starts read them."""
+    folder.mkdir(parents=True, exist_ok=True)
     articles = itertools.islice(made_up_rows(make_model(folder / "model", SHAPES[shape])), rows)
     with open(folder / "articles.csv.part", "w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)
