@@ -20,6 +20,7 @@ from modeling import adapter_state_dict, load_adapter_weights
 from run_folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    BEFORE_THEY_EXISTED,
     METRICS,
     OPTIMIZER,
     RUN_CONFIG,
@@ -328,7 +329,7 @@ def _differences(recorded: dict, current: dict) -> list[str]:
     free += ("push_to_hub", "ddp_timeout")
     # Of these, the contents are compared.
     free += ("train_file", "validation_file", "prompt_file", "model_name_or_path")
-    before = {"prompt_loss_weight": 0.0} | recorded["arguments"]  # runs from before it existed
+    before = BEFORE_THEY_EXISTED | recorded["arguments"]
     before = {k: v for k, v in before.items() if k not in free}
     after = {k: v for k, v in current["arguments"].items() if k not in free}
     for key in ("base_fingerprint", "prompt", "articles_per_update"):

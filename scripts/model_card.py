@@ -14,6 +14,7 @@ from articles import HUB_DATASET, SUFFIXES
 from exit_codes import UserError, note, printable, writing
 from run_folder import (
     ADAPTER_WEIGHTS,
+    BEFORE_THEY_EXISTED,
     RUN_CONFIG,
     file_sha256,
     model_fingerprint,
@@ -25,7 +26,8 @@ CARD = "README.md"
 RESULTS = "results.json"
 PLAIN = re.compile(r"[A-Za-z0-9_./][A-Za-z0-9_./-]*")  # means nothing in Markdown
 SETTINGS = ("lora_r", "lora_alpha", "lora_dropout", "learning_rate", "warmup_ratio")
-SETTINGS += ("prompt_loss_weight", "max_grad_norm", "num_train_epochs", "max_length", "seed")
+SETTINGS += ("cooldown_ratio", "prompt_loss_weight", "max_grad_norm", "num_train_epochs")
+SETTINGS += ("max_length", "seed")
 SYSTEM_FIGURES = ("rouge", "intervals", "words", "empty", "language", "novel", "flags")
 
 
@@ -38,7 +40,7 @@ def model_card(run_config: dict, results: dict | None = None, name: str = ".") -
         name: what to load it by: a Hub id, or the folder from inside.
     """
     arguments, merged = run_config["arguments"], run_config["kind"] == "merged"
-    arguments = {"prompt_loss_weight": 0.0} | arguments  # runs from before it existed
+    arguments = BEFORE_THEY_EXISTED | arguments
     rows = "\n".join(f"| {key} | {_quoted(arguments[key])} |" for key in SETTINGS)
     splits = run_config["data"].items()
     data = "\n".join(f"- {_quoted(split)}: {file['rows']:,} rows" for split, file in splits)

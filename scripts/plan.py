@@ -75,7 +75,8 @@ def describe_plan(args, accelerator, adapted, prompt, checked, lengths, schedule
         adapted: `modeling.adapted_skeleton` of the base.
         checked: by split, what `check_articles` returned.
         lengths: of `measure_lengths`, for the training articles.
-        schedule: the numbers of updates, of updates per epoch, and of those to warm up.
+        schedule: the numbers of updates, of updates per epoch, and of those to warm up and to cool
+            down.
         memory: of `plan_memory`.
     """
     trainable, parameters = adapted.get_nb_trainable_parameters()
@@ -83,7 +84,7 @@ def describe_plan(args, accelerator, adapted, prompt, checked, lengths, schedule
     validation = checked["validation"].rows if "validation" in checked else 0
     processes, device = accelerator.num_processes, accelerator.device
     batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    updates, updates_per_epoch, warmup = schedule
+    updates, updates_per_epoch, warmup, cooldown = schedule
     weight, articles = args.prompt_loss_weight, ""
     if weight:
         articles = f", and up to {LEARNT} of each article, for all of them at weight {weight:g}"
@@ -96,7 +97,7 @@ def describe_plan(args, accelerator, adapted, prompt, checked, lengths, schedule
         f"{lengths['title_tokens']:,} title tokens carry the loss{articles}",
         "updates": f"{updates:,} of {batch * accumulation * processes:,} articles ({batch} per "
         f"device x {accumulation} accumulated x {processes} processes), {updates_per_epoch:,} per "
-        f"epoch, {warmup:,} to warm up",
+        f"epoch, {warmup:,} to warm up" + (f", {cooldown:,} to cool down" if cooldown else ""),
         "model": f"{trainable:,} of {parameters:,} parameters train "
         f"({trainable / parameters:.2%}); base {BASES[args.base_weights]}",
         "precision": ("bf16 autocast" if args.mixed_precision == "bf16" else "fp32")
@@ -141,7 +142,7 @@ def describe_time(recent, lengths: dict, step: int, schedule) -> str:
         recent: their rows for metrics.jsonl.
         lengths, schedule: as in `describe_plan`.
     """
-    updates, updates_per_epoch, _ = schedule
+    updates, updates_per_epoch, *_ = schedule
     pace = sum(row["tokens"] for row in recent) / sum(row["seconds"] for row in recent)
     # By tokens, for articles differ; an epoch that is left early has its share of them.
     tokens = lengths["tokens"] * (updates - step) / updates_per_epoch

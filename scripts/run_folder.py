@@ -29,6 +29,7 @@ LOCK = ".lock"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"  # of a checkpoint, beside its adapter
+BEFORE_THEY_EXISTED = {"prompt_loss_weight": 0.0, "cooldown_ratio": 0.0}  # arguments of train.py
 RECORDED = {"arguments": dict, "prompt": dict, "data": dict}
 RECORDED |= {"kind": str, "base_model": str, "base_fingerprint": str, "articles_per_update": int}
 PROMPT_SETTINGS = {"template": str, "apply_chat_template": bool, "ids_sha256": str}

@@ -45,6 +45,7 @@ MAX_SKIPPED_IN_A_ROW = 5  # updates whose gradient is not finite, before the run
 
 
 WEIGHTS_HELP = "QLoRA; the same, dequantized once: faster, larger; plain LoRA"
+COOLDOWN_HELP = "share of the updates, the last ones, in which the rate falls; 0: constant"
 PROMPT_LOSS_HELP = "of an article's token in the loss, where a title's is 1"
 CHECKPOINTING_HELP = "auto: what memory asks for; none, full, or a number N for every Nth layer"
 
@@ -79,6 +80,7 @@ def parse_args(argv=None):
     add("--gradient_accumulation_steps", type=int, default=2, help="forward passes per update")
     add("--learning_rate", type=float, default=2e-4, help="after the warm-up")
     add("--warmup_ratio", type=float, default=0.03, help="share of the updates that warm up")
+    add("--cooldown_ratio", type=float, default=0.0, help=COOLDOWN_HELP)
     add("--prompt_loss_weight", type=float, default=0.0, help=PROMPT_LOSS_HELP)
     add("--max_grad_norm", type=float, default=0.3, help="larger gradients are scaled down to it")
     add("--activation_checkpointing", default="auto", metavar="WHEN", help=CHECKPOINTING_HELP)
@@ -99,7 +101,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
 
     for name, value in vars(args).items():
-        if name in ("lora_dropout", "warmup_ratio"):
+        if name in ("lora_dropout", "warmup_ratio", "cooldown_ratio"):
             if not 0 <= value < 1:
                 parser.error(f"--{name} {value}: give a number from 0 to below 1")
         elif name == "prompt_loss_weight":
@@ -232,7 +234,8 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
     num_training_steps = updates_per_epoch * args.num_train_epochs
     num_training_steps = min(num_training_steps, args.max_train_steps or num_training_steps)
     num_warmup_steps = math.ceil(args.warmup_ratio * num_training_steps)
-    schedule = (num_training_steps, updates_per_epoch, num_warmup_steps)
+    num_cooldown_steps = math.ceil(args.cooldown_ratio * num_training_steps)
+    schedule = (num_training_steps, updates_per_epoch, num_warmup_steps, num_cooldown_steps)
     dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
     nf4 = args.base_weights != "bf16"
     base = weightless = skeleton(str(base_folder), dtype, tell=True)
@@ -374,9 +377,12 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
 
         # -------------------------------------------------------------- one update
         torch.manual_seed(dropout_seed(args.seed, step, accelerator.process_index))
+        # Linear warm-up, then constant; (step + 1), for a first update at 0 would be lost. If there
+        # is a cooldown, linear to 0 over the last updates (arXiv 2405.18392).
+        warm = (step + 1) / max(1, num_warmup_steps)
+        cool = (num_training_steps - step) / max(1, num_cooldown_steps)
         for group in optimizer.param_groups:
-            # Linear warm-up, then constant; (step + 1), for a first update at 0 would be lost.
-            group["lr"] = args.learning_rate * min(1.0, (step + 1) / max(1, num_warmup_steps))
+            group["lr"] = args.learning_rate * min(1.0, warm, cool)
         loss_sum = torch.zeros((), device=accelerator.device)
         for micro_step, micro_batch in enumerate(micro_batches, start=1):
             # Gradients travel once, with the last micro-batch; to shards always, or each process

@@ -827,6 +827,7 @@ STEPS = Rule((0, -1), "error: --{name}: out of range; give 1 or more, or --no-mo
 RULES = {
     ("train.py", "lora_dropout"): [SHARE],
     ("train.py", "warmup_ratio"): [SHARE],
+    ("train.py", "cooldown_ratio"): [SHARE],
     ("train.py", "prompt_loss_weight"): [UP_TO_1],
     ("train.py", "seed"): [BELOW_2_32],
     ("train.py", "num_eval_titles"): [BELOW_2_32],

@@ -95,8 +95,8 @@ def test_the_largest_micro_batch_counts_what_is_learnt_of_articles():
 def test_the_time_to_come_goes_by_tokens():
     """100 tokens a second, 5,000 an epoch of 10 updates, 14 of 20 still to come: 7,000 tokens."""
     recent = [{"tokens": 150, "seconds": 1.0}, {"tokens": 50, "seconds": 1.0}]
-    told = plan.describe_time(recent, {"tokens": 5000}, 6, (20, 10, 1))
+    told = plan.describe_time(recent, {"tokens": 5000}, 6, (20, 10, 1, 0))
     assert "about 70 s for the 14 updates to come" in told
     assert "(100 tokens/s in the last 2)" in told
-    told = plan.describe_time(recent, {"tokens": 5_000_000}, 6, (20, 10, 1))
+    told = plan.describe_time(recent, {"tokens": 5_000_000}, 6, (20, 10, 1, 0))
     assert "about 19 h 27 min for" in told

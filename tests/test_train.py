@@ -142,6 +142,22 @@ def test_no_warm_up_is_constant_from_the_start(tiny_model, news, tmp_path):
     assert [row["learning_rate"] for row in updates(tmp_path / "run")] == [1e-3, 1e-3]
 
 
+def test_a_cooldown_ends_a_constant_rate_and_goes_on_where_it_was_stopped(
+    tiny_model, news, tmp_path, capsys
+):
+    more = ("--warmup_ratio", "0.1", "--cooldown_ratio", "0.5", "--learning_rate", "3e-3")
+    args = train_args(tiny_model, news, tmp_path / "run", *more, "--checkpointing_steps", "2")
+    call(train.main, *args)
+    assert ", 1 to warm up, 3 to cool down" in capsys.readouterr().out
+    rates = [3e-3, 3e-3, 3e-3, 3e-3, 2e-3, 1e-3]
+    assert [row["learning_rate"] for row in updates(tmp_path / "run")] == pytest.approx(rates)
+    whole = (tmp_path / "run/adapter_model.safetensors").read_bytes()
+    fourth = tmp_path / "run/checkpoints/step-000004"
+    call(train.main, *args, "--resume_from_checkpoint", str(fourth))
+    assert [row["learning_rate"] for row in updates(tmp_path / "run")] == pytest.approx(rates)
+    assert (tmp_path / "run/adapter_model.safetensors").read_bytes() == whole
+
+
 @pytest.fixture(scope="module")
 def one_by_one(tiny_model, news, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("split") / "1x8"
@@ -453,17 +469,18 @@ def test_loss_on_articles_needs_packed_rows(tiny_model, news, tmp_path, monkeypa
         call(train.main, *args)
 
 
-def test_a_run_from_before_there_was_loss_on_articles_goes_on(tiny_model, news, tmp_path):
+@pytest.mark.parametrize("name", ["prompt_loss_weight", "cooldown_ratio"])
+def test_a_run_from_before_there_was_an_argument_goes_on(tiny_model, news, tmp_path, name):
     run_dir, more = tmp_path / "run", ("--max_train_steps", "2", "--checkpointing_steps", "1")
     call(train.main, *train_args(tiny_model, news, run_dir, *more))
     record = json.loads((run_dir / "run_config.json").read_text())
-    del record["arguments"]["prompt_loss_weight"]
+    del record["arguments"][name]
     (run_dir / "run_config.json").write_text(json.dumps(record))
     first = ("--resume_from_checkpoint", run_dir / "checkpoints/step-000001")
     call(train.main, *train_args(tiny_model, news, run_dir, *more, *first))
     record = json.loads((run_dir / "run_config.json").read_text())
-    assert record["arguments"].pop("prompt_loss_weight") == 0
-    assert "| prompt_loss_weight | 0.0 |" in model_card(record)
+    assert record["arguments"].pop(name) == 0
+    assert f"| {name} | 0.0 |" in model_card(record)
 
 
 def test_the_next_articles_are_read_before_an_update_is_waited_for(
