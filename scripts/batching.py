@@ -90,7 +90,8 @@ def pack(examples: list[Example], device: torch.device) -> dict:
     Returns:
         `packing.pack` of the ids; `logits_to_keep` and `labels`, int64 [title tokens]: indices in
         the row, and the tokens that come after them. Where tokens of articles are learnt too, they
-        are among them, and `weights`, float32 of that shape, says how much each counts.
+        are among them, and `article_weights`, float32 of that shape, says how much each of those
+        counts; it is 0 for a title's.
     """
     row = packing.pack([example.ids for example in examples], device)
     keep, labels, weights, start = [], [], [], 0
@@ -98,12 +99,12 @@ def pack(examples: list[Example], device: torch.device) -> dict:
         learnt = [*example.learnt, *range(example.num_prompt_ids, len(example.ids))]
         keep.extend(start + position - 1 for position in learnt)
         labels.extend(example.ids[position] for position in learnt)
-        weights += [example.learnt_weight] * len(example.learnt) + [1.0] * example.num_title_ids
+        weights += [example.learnt_weight] * len(example.learnt) + [0.0] * example.num_title_ids
         start += len(example.ids)
     row["logits_to_keep"] = torch.tensor(keep, dtype=torch.long).to(device)
     row["labels"] = torch.tensor(labels, dtype=torch.long).to(device)
     if any(example.learnt for example in examples):
-        row["weights"] = torch.tensor(weights).to(device)
+        row["article_weights"] = torch.tensor(weights).to(device)
     return row
 
 

@@ -470,18 +470,23 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
 
 
 def title_loss(model, batch):
-    """Return the cross-entropy of title tokens and EOS, summed over a batch of `batching`; of
-    tokens of articles too, by their weights, where there are any among the labels."""
+    """Return the cross-entropy of title tokens and EOS, summed over a batch of `batching`.
+
+    Where tokens of articles are among the labels, its gradient is theirs too, by their weights; its
+    value is that of titles alone, to be compared with other runs and with the validation's.
+    """
     import torch.nn.functional as F
 
     from batching import IGNORED
 
-    inputs = {k: v for k, v in batch.items() if k not in ("labels", "weights")}
+    inputs = {k: v for k, v in batch.items() if k not in ("labels", "article_weights")}
     logits = model(**inputs, use_cache=False).logits.flatten(0, -2)  # where labels are, alone
     labels, how = batch["labels"].flatten(), {"ignore_index": IGNORED}
-    if (weights := batch.get("weights")) is None:
+    if (weights := batch.get("article_weights")) is None:
         return F.cross_entropy(logits.float(), labels, reduction="sum", **how)
-    return (F.cross_entropy(logits.float(), labels, reduction="none", **how) * weights).sum()
+    losses = F.cross_entropy(logits.float(), labels, reduction="none", **how)
+    of_articles = (losses * weights).sum()
+    return (losses * (weights == 0)).sum() + (of_articles - of_articles.detach())
 
 
 def evaluate(accelerator, model, make_batch, prompt, articles, args, state, stop_asked) -> bool:

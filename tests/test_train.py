@@ -434,9 +434,11 @@ def test_loss_on_articles_is_the_textbooks_with_weights(loaded):
         shown = prompt.tokenizer.decode(example.ids[example.article.start : example.article.stop])
         assert "Article" not in shown
         assert "Titre" not in shown
-    gradients = []
-    learnt = learn_articles_too(examples, 0.25, 42, 3)
-    for loss in (train.title_loss(model, pack(learnt, torch.device("cpu"))), expected):
+    gradients, device = [], torch.device("cpu")
+    found = train.title_loss(model, pack(learn_articles_too(examples, 0.25, 42, 3), device))
+    # What is logged is of titles alone.
+    assert found.item() == pytest.approx(train.title_loss(model, pack(examples, device)).item())
+    for loss in (found, expected):
         model.zero_grad()
         loss.backward()
         trained = ((n, p) for n, p in model.named_parameters() if p.requires_grad)
