@@ -298,7 +298,7 @@ def infer(args, columns, source, base_folder, prompt, decoding, record, stop, no
             if all(map(parts.is_done, window)):
                 continue
             chunk = articles[list(window)]
-            prompts = [prompt.encode(article).ids for article in chunk["text"]]
+            prompts = [example.ids for example in prompt.encode_all(chunk["text"])]
             batches = make_batches(prompts, decoding.max_new_tokens, record["max_batch_tokens"])
             if args.engine == "continuous":  # all that is missing is one batch, of every process
                 left = [row for batch in batches for row in batch if not parts.is_done(start + row)]
@@ -364,7 +364,7 @@ def generate_titles(
         stop_asked: looked at before each batch; once true, no more come.
     """
     decoding = Decoding(max_new_tokens or prompt.max_title_tokens)
-    prompts = [prompt.encode(article).ids for article in articles]
+    prompts = [example.ids for example in prompt.encode_all(articles)]
     too_large = {}
     for batch in make_batches(prompts, decoding.max_new_tokens, max_batch_tokens):
         if stop_asked():

@@ -150,7 +150,7 @@ def main(argv=None):
         if texts and unknown:  # transformers has other names for them once they are loaded
             note(f"no check: {min(unknown)} has another name in the base's files")
         elif texts:
-            prompts = [prompt.encode(text).ids for text in texts]
+            prompts = [example.ids for example in prompt.encode_all(texts)]
             check = compare_logits(weights, temporary, args.base, prompts, tokenizer.eos_token_id)
             run_config["merge_check"] = check.pop(args.base)
             run_config["merge_check"] |= {f"{base}_base": found for base, found in check.items()}

@@ -27,7 +27,7 @@ def measure_lengths(prompt, articles) -> dict:
     for start in range(0, len(rows), 1000):
         indices = list(rows[start : start + 1000])
         chunk = articles[indices]
-        examples = map(prompt.encode, chunk["text"], chunk["title"])
+        examples = prompt.encode_all(chunk["text"], chunk["title"])
         for index, example in zip(indices, examples, strict=True):
             if example.title_cut and first_title_cut is None:
                 first_title_cut = index

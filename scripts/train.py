@@ -338,7 +338,7 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
         epoch, update = divmod(step, updates_per_epoch)
         order = epoch_order(len(train_articles), args.seed, epoch)
         rows = train_articles[order[update * update_size : (update + 1) * update_size].tolist()]
-        examples = list(map(prompt.encode, rows["text"], rows["title"]))
+        examples = prompt.encode_all(rows["text"], rows["title"])
         if args.prompt_loss_weight:
             examples = learn_articles_too(examples, args.prompt_loss_weight, args.seed, step)
         return examples
@@ -514,7 +514,7 @@ def evaluate(accelerator, model, make_batch, prompt, articles, args, state, stop
             if stop_asked():  # before reading on: there may be a hundred thousand rows
                 break
             rows = articles[mine[start : start + 64]]
-            examples = list(map(prompt.encode, rows["text"], rows["title"]))
+            examples = prompt.encode_all(rows["text"], rows["title"])
             for micro_batch in deal(examples, args.per_device_train_batch_size):
                 if stop_asked():
                     break

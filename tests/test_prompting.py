@@ -380,6 +380,18 @@ def test_tokens_of_many_characters_are_no_reason_to_cut_too_early():
     assert too_long.article_cut
 
 
+def test_many_at_once_are_what_each_is_alone(kind):
+    """Among them an empty one, one of markers, and those of which a longer head has to be read."""
+    prompt = make(kind, "fr_llama2.txt")
+    rows = [(row["text"], row["titles"]) for row in french_rows(40, seed=6)]
+    rows += [("", ""), ("[INST] a [/INST]", "[INST]"), ("un mot " * 900, "le mot " * 900)]
+    rows.append((" " * 9000 + "Le maire.", "Le" + " " * 9000 + "maire"))
+    articles, titles = map(list, zip(*rows, strict=True))
+    assert prompt.encode_all(articles, titles) == [prompt.encode(*row) for row in rows]
+    assert prompt.encode_all(articles) == [prompt.encode(article) for article in articles]
+    assert prompt.encode_all([]) == prompt.encode_all([], []) == []
+
+
 def test_a_page_of_10_megabytes_takes_neither_time_nor_memory(kind):
     prompt = make(kind, "fr.txt")
     article = "Le maire de Nîmes. " * 530_000

@@ -159,8 +159,8 @@ def test_a_long_evaluation_is_not_read_through_when_it_is_to_stop(
 
     def ask():
         os.kill(os.getpid(), signal.SIGTERM)
-        original = Prompt.encode
-        monkeypatch.setattr(Prompt, "encode", lambda *a: read.append(a) or original(*a))
+        original = Prompt.encode_all
+        monkeypatch.setattr(Prompt, "encode_all", lambda *a: read.extend(a[1]) or original(*a))
 
     ask_at(monkeypatch, train, "title_loss", 7, ask)  # 6 in 3 updates, and then the evaluation
     assert call(train.main, *args) == STOPPED

@@ -493,12 +493,12 @@ def test_the_next_articles_are_read_before_an_update_is_waited_for(
 
     from prompting import Prompt
 
-    original_loss, original_encode = train.title_loss, Prompt.encode
+    original_loss, original_encode = train.title_loss, Prompt.encode_all
     original_step, read, at_loss, at_step = PagedAdamW32bit.step, [], [], []
 
-    def encode(self, *texts):
-        read.append(texts)
-        return original_encode(self, *texts)
+    def encode_all(self, articles, titles):
+        read.extend(articles)
+        return original_encode(self, articles, titles)
 
     def title_loss(model, batch):
         at_loss.append(len(read))
@@ -508,7 +508,7 @@ def test_the_next_articles_are_read_before_an_update_is_waited_for(
         at_step.append(len(read))
         return original_step(self, *arguments, **options)
 
-    monkeypatch.setattr(Prompt, "encode", encode)
+    monkeypatch.setattr(Prompt, "encode_all", encode_all)
     monkeypatch.setattr(train, "title_loss", title_loss)
     monkeypatch.setattr(PagedAdamW32bit, "step", step)
     one = ("--max_train_steps", "3", "--per_device_train_batch_size", "8")
