@@ -36,12 +36,19 @@ PREFILL_TOKENS = 4096  # of prompts that are read in one packed row
 # Tokens of a batch beyond which it was no faster on 2 cores, and needs no more on a large GPU.
 MOST_BATCH_TOKENS = {"cpu": 16_384, "cuda": 131_072}
 LEAST_BATCH_TOKENS = 1024
+LIKELIEST = 64  # tokens among which one is drawn: the long tail holds no good title
 PAGE = 256  # tokens of a page of continuous batching's cache, in transformers 5.17 and 5.24 alike
 
 
 @torch.no_grad()
 def generate_ids(
-    model, prompts: list[list[int]], ends: Ends, max_new_tokens: int, **options
+    model,
+    prompts: list[list[int]],
+    ends: Ends,
+    max_new_tokens: int,
+    seeds: list[list[int]] | None = None,
+    temperature: float | None = None,
+    **options,
 ) -> list[list[int]]:
     """Return what the model writes after each prompt, up to what ends it, that included.
 
@@ -51,6 +58,9 @@ def generate_ids(
         prompts: ids, at least one for each.
         ends: what ends a title.
         max_new_tokens: limit of each.
+        seeds: as many for each prompt. Instead of what is likeliest, one continuation is drawn for
+            each seed, and those of a prompt are returned one after the other.
+        temperature: at which they are drawn.
         options: of `GenerationConfig`: num_beams, min_new_tokens, length_penalty, and
             no_repeat_ngram_size, which here is of the new tokens alone.
     """
@@ -66,6 +76,14 @@ def generate_ids(
     size, processors = options.pop("no_repeat_ngram_size", None), LogitsProcessorList()
     if size:
         processors.append(OfNewTokens(NoRepeatNGramLogitsProcessor(size), longest))
+    if seeds:
+        per_prompt = len(seeds[0])
+        sequence, mask = (t.repeat_interleave(per_prompt, dim=0) for t in (sequence, mask))
+        rows = list(range(len(sequence)))
+        if in_rounds and cache.layers[0].is_initialized:
+            cache.layers = [SharedLayer(layer, per_prompt) for layer in cache.layers]
+        draw = Draw(temperature, [seed for those in seeds for seed in those], model.device)
+        processors.append(draw)
     while rows:
         done = sequence.shape[1] - longest
         steps = min(ROUND, max_new_tokens - done) if in_rounds else max_new_tokens
@@ -86,12 +104,14 @@ def generate_ids(
         written |= {row: ids for n, (row, ids) in enumerate(zip(rows, new_ids, strict=True))}
         if len(keep) < len(rows):
             rows = [rows[n] for n in keep]
+            if seeds:
+                draw.keep(keep)
             kept = torch.tensor(keep, dtype=torch.long, device=model.device)
             sequence, mask = sequence[kept], mask[kept]
             if in_rounds and keep:
                 cache.batch_select_indices(kept)
         mask = F.pad(mask, (0, sequence.shape[1] - mask.shape[1]), value=1)
-    return [written[row] for row in range(len(prompts))]
+    return [written[row] for row in range(len(written))]
 
 
 def greedy(ends: Ends, max_new_tokens: int, **options) -> GenerationConfig:
@@ -125,6 +145,29 @@ class OfNewTokens(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         return self.processor(input_ids[:, self.prompt_length :], scores)
+
+
+class Draw(LogitsProcessor):
+    """Makes the greatest score that of a token drawn at a temperature among the LIKELIEST, by
+    Gumbel noise.
+
+    Each row draws by a generator of its own, so that what it draws does not depend on its company.
+    """
+
+    def __init__(self, temperature: float, seeds: list[int], device: torch.device):
+        self.temperature = temperature
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def keep(self, rows: list[int]) -> None:
+        self.generators = [self.generators[row] for row in rows]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        found, tokens = scores.float().topk(min(LIKELIEST, scores.shape[1]))
+        noise = torch.empty_like(found)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        found -= self.temperature * noise.log_()
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens, found.to(scores.dtype))
 
 
 class LineEnd(StoppingCriteria):
@@ -201,6 +244,46 @@ class RoomyLayer(DynamicLayer):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         raise NotImplementedError  # nothing here repeats sequences, and its own forgets the room
+
+
+class SharedLayer(RoomyLayer):
+    """A layer of a cache of which several sequences continue each prompt, whose keys are kept once.
+
+    Its keys and values are `packing.Shared`, for the attention there.
+    """
+
+    def __init__(self, read: RoomyLayer, per_prompt: int):
+        super().__init__(read.room)
+        self.prompts = read.keys, read.values
+        self.lazy_initialization(*self.prompts)
+        sequences = len(read.keys) * per_prompt
+        self.slots = torch.arange(sequences, device=read.keys.device)
+        self.per_prompt = per_prompt
+        sizes = (sequences, read.keys.shape[1], read.room + 1)
+        self.hold(*(t.new_zeros(*sizes, t.shape[3]) for t in self.prompts), 0)
+
+    def get_seq_length(self, *_) -> int:
+        return self.prompts[0].shape[2] + self.keys.shape[2]
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        start = self.keys.shape[2]
+        end = start + key_states.shape[2]
+        for target, source in zip(self.stored, (key_states, value_states), strict=True):
+            target[:, :, start:end] = source
+        self.hold(*self.stored, end)
+        parts = zip(self.prompts, (self.keys, self.values), strict=True)
+        return tuple(packing.Shared(*both, self.slots, self.per_prompt) for both in parts)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        slots, length = self.slots[indices], self.keys.shape[2]
+        # Prompts that nobody continues any more are let go of.
+        going_on, prompts = torch.unique(slots // self.per_prompt, return_inverse=True)
+        if len(going_on) < len(self.prompts[0]):
+            self.prompts = tuple(t[going_on] for t in self.prompts)
+        self.slots = prompts * self.per_prompt + slots % self.per_prompt
+        self.hold(*(t[indices] for t in self.stored), length)
+
+    reorder_cache = batch_select_indices
 
 
 def cache_dtype(model) -> torch.dtype:

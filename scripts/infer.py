@@ -11,9 +11,12 @@ Without a file, the title of one article, of `--text` or of standard input, is p
 
 import argparse
 import glob
+import itertools
+import json
 import logging
 import math
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
@@ -78,9 +81,13 @@ class Decoding:
     min_new_tokens: int | None = None
     length_penalty: float | None = None  # of beam search: above 0 favours long titles
     no_repeat_ngram_size: int | None = None  # so many tokens of a title do not come again in it
+    num_samples: int = 1  # above 1: drawn, and of these the one most like the others is taken
+    temperature: float | None = None  # at which they are drawn
 
     def __str__(self) -> str:
         words = "greedy" if self.num_beams == 1 else f"{self.num_beams} beams"
+        if self.num_samples > 1:
+            words = f"the most alike of {self.num_samples} drawn at temperature {self.temperature}"
         words += f", at least {self.min_new_tokens} tokens" if self.min_new_tokens else ""
         if self.length_penalty is not None:
             words += f", length penalty {self.length_penalty}"
@@ -88,12 +95,18 @@ class Decoding:
         return words if size is None else f"{words}, no {size} tokens twice"
 
     def options(self) -> dict:
-        """Return what `generate_ids` takes, without the limit."""
+        """Return what `generate_ids` takes, without the limit and the seeds."""
         options = {name: value for name, value in asdict(self).items() if value is not None}
-        del options["max_new_tokens"]
+        del options["max_new_tokens"], options["num_samples"]
         return options
 
+    @property
+    def room(self) -> int:
+        """The tokens that are kept free for what is written of one article."""
+        return self.max_new_tokens * self.num_samples
 
+
+SAMPLES_HELP = "so many are drawn; the one most like the others by ROUGE-L is written; 1: greedy"
 WEIGHTS = ["nf4", "nf4-bf16", "bf16", "fp32"]
 ENGINE_HELP = "continuous: transformers' own, on whose timing roundings depend"
 
@@ -121,6 +134,8 @@ def parse_args(argv=None):
     add("--num_beams", type=int, default=1, help="of beam search; 1: greedy")
     add("--length_penalty", type=float, help="of beam search: above 0 favours long titles")
     add("--no_repeat_ngram_size", type=int, help="so many tokens do not come twice in a title")
+    add("--num_samples", type=int, default=1, help=SAMPLES_HELP)
+    add("--temperature", type=float, help="at which they are drawn (default: 0.5)")
     add("--max_batch_tokens", type=int, help="together, titles included (default: by free memory)")
     add("--engine", choices=["batched", "continuous"], default="batched", help=ENGINE_HELP)
     add = parser.add_argument_group("output").add_argument
@@ -138,11 +153,15 @@ def parse_args(argv=None):
         parser.error("give --run_dir, or --model_name_or_path for a model as it is")
     if args.num_beams == 1 and args.length_penalty is not None:
         parser.error("--length_penalty: it weighs beams; give --num_beams above 1, or leave it out")
+    if args.num_samples == 1 and args.temperature is not None:
+        parser.error("--temperature: titles are drawn with --num_samples above 1; or leave it out")
+    if args.num_samples > 1 and args.num_beams > 1:
+        parser.error("--num_samples: it is for titles without --num_beams; leave one of them out")
     limit = args.max_new_tokens
     if limit and args.min_new_tokens and args.min_new_tokens > limit:
         parser.error(f"--min_new_tokens {args.min_new_tokens}: above --max_new_tokens {limit}")
     if args.engine == "continuous":
-        for name in ("num_beams", "min_new_tokens", "no_repeat_ngram_size"):
+        for name in ("num_beams", "min_new_tokens", "no_repeat_ngram_size", "num_samples"):
             if getattr(args, name) != parser.get_default(name):
                 parser.error(f"--engine continuous: it knows no --{name}; leave one of them out")
     if args.input_file:
@@ -299,7 +318,7 @@ def infer(args, columns, source, base_folder, prompt, decoding, record, stop, no
                 continue
             chunk = articles[list(window)]
             prompts = [example.ids for example in prompt.encode_all(chunk["text"])]
-            batches = make_batches(prompts, decoding.max_new_tokens, record["max_batch_tokens"])
+            batches = make_batches(prompts, decoding.room, record["max_batch_tokens"])
             if args.engine == "continuous":  # all that is missing is one batch, of every process
                 left = [row for batch in batches for row in batch if not parts.is_done(start + row)]
                 batches = [left[n::world_size] for n in range(world_size)]
@@ -373,18 +392,16 @@ def generate_titles(
         yield from write_batch(model, prompt, batch, decoding, too_large)
 
 
-def make_batches(
-    prompts: list[list[int]], max_new_tokens: int, max_batch_tokens: int
-) -> list[list[int]]:
+def make_batches(prompts: list[list[int]], room: int, max_batch_tokens: int) -> list[list[int]]:
     """Return the indices of the prompts in batches, from long to short.
 
-    A batch holds `max_batch_tokens` tokens at the most, padding and titles included, and at least
-    one article.
+    Each gets `room` tokens for its title, or for all that are drawn. A batch holds
+    `max_batch_tokens` tokens at the most, padding and titles included, and at least one article.
     """
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     batches = []
     while order:
-        size = max(1, max_batch_tokens // (len(prompts[order[0]]) + max_new_tokens))
+        size = max(1, max_batch_tokens // (len(prompts[order[0]]) + room))
         batches.append(order[:size])
         order = order[size:]
     return batches
@@ -406,7 +423,7 @@ def write_batch(
         return list(zip(rows, titles, strict=True))
 
     def size_of(rows: list[int]) -> int:
-        return len(rows) * (max(len(batch[row]) for row in rows) + decoding.max_new_tokens)
+        return len(rows) * (max(len(batch[row]) for row in rows) + decoding.room)
 
     yield from in_halves(generate, list(batch), size_of, too_large)
 
@@ -417,8 +434,32 @@ def generate_batch(model, prompt, prompts: list[list[int]], decoding: Decoding) 
 
     base = without_peft(model)
     ends = prompt.ends(base.generation_config)
-    new_ids = generate_ids(base, prompts, ends, decoding.max_new_tokens, **decoding.options())
-    return [read_title(prompt, ends, ids) for ids in new_ids]
+    options, count = decoding.options(), decoding.num_samples
+    if count > 1:
+        # Of the article itself: a title depends neither on its place in the file nor on others.
+        first = [zlib.crc32(json.dumps(ids).encode()) for ids in prompts]
+        options["seeds"] = [[seed + number for number in range(count)] for seed in first]
+    new_ids = generate_ids(base, prompts, ends, decoding.max_new_tokens, **options)
+    titles = [read_title(prompt, ends, ids) for ids in new_ids]
+    if count == 1:
+        return titles
+    return [most_alike(titles[n : n + count]) for n in range(0, len(titles), count)]
+
+
+def most_alike(titles: list[Title]) -> Title:
+    """Return the title whose ROUGE-L with the others is highest; the first, if several are equal.
+
+    Were one of the others the true title, it would score best: minimum Bayes risk decoding
+    (Kumar and Byrne 2004; with samples, arXiv 2108.04718).
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer, alike = RougeScorer(["rougeL"]), [0.0] * len(titles)
+    for (n, one), (m, other) in itertools.combinations(enumerate(titles), 2):
+        score = scorer.score(one.title, other.title)["rougeL"].fmeasure
+        alike[n] += score
+        alike[m] += score
+    return titles[alike.index(max(alike))]
 
 
 def write_continuously(
@@ -464,6 +505,7 @@ def load(source: dict, base_folder: Path, prompt, decoding: Decoding, timeout: f
     import torch
     from accelerate import Accelerator
 
+    from decoding import keeps_plain_cache
     from modeling import (
         attach_adapter,
         check_kind,
@@ -497,7 +539,9 @@ def load(source: dict, base_folder: Path, prompt, decoding: Decoding, timeout: f
         if source["weights"] == "nf4-bf16" or roomy:
             dequantize_base(model)
             dequantized = f"4-bit weights dequantized once, to {size / 2**30:.1f} GiB: faster"
-    use_packed_attention(model, longest)
+    packs = use_packed_attention(model, longest)
+    if decoding.num_samples > 1 and not (packs and keeps_plain_cache(model)):
+        raise UserError("--num_samples", "this model takes no packed rows", "leave it out")
     if source["adapter"]:
         model = attach_adapter(model, source["adapter"])
         fuse_lora(model)
@@ -527,7 +571,11 @@ def make_prompt(source: dict, base_folder: Path, settings: dict) -> Prompt:
 def decoding_of(args, settings: dict) -> Decoding:
     limit = args.max_new_tokens or settings["max_title_tokens"]
     names = ("num_beams", "min_new_tokens", "length_penalty", "no_repeat_ngram_size")
-    return Decoding(limit, **{name: getattr(args, name) for name in names})
+    names += ("num_samples", "temperature")
+    chosen = {name: getattr(args, name) for name in names}
+    if args.num_samples > 1:
+        chosen["temperature"] = args.temperature or 0.5
+    return Decoding(limit, **chosen)
 
 
 def find_model(args) -> dict:

@@ -5,6 +5,7 @@ every layer as keyword arguments; there is no mask, whose size is the square of 
 """
 
 import itertools
+from dataclasses import dataclass
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -35,6 +36,8 @@ def packed_attention(module, query, key, value, attention_mask, **kwargs):
     for name in ("softcap", "s_aux", "position_bias"):  # some releases of sdpa pass over these
         if kwargs.get(name) is not None:
             raise ValueError(f"packed attention knows no {name}")
+    if isinstance(key, Shared):
+        return attention_of_continuations(query, key, value, attention_mask, kwargs.get("scaling"))
     if borders is None:
         plain = attention_mask is None or attention_mask.dtype == torch.bool
         if query.shape[2] == 1 and query.device.type == "cpu" and plain:
@@ -93,6 +96,67 @@ def attention_of_one_token(query, key, value, attention_mask, scaling: float | N
         if attention_mask is not None:
             scores.masked_fill_(~attention_mask, -torch.inf)
         output = scores.softmax(-1) @ value.float()
+    return output.to(query.dtype).reshape(*query.shape[:3], -1).transpose(1, 2), None
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Keys, or values, of sequences that continue fewer prompts, each kept once.
+
+    Attributes:
+        prompt: [prompts, key/value heads, tokens of a prompt, head size].
+        own: [sequences, key/value heads, tokens of a continuation, head size].
+        slots: int64 [sequences]; the sequence in slot s continues the prompt s // `per_prompt`.
+        per_prompt: the most sequences of a prompt.
+    """
+
+    prompt: torch.Tensor
+    own: torch.Tensor
+    slots: torch.Tensor
+    per_prompt: int
+
+    def by_prompt(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return [prompts, heads, per_prompt x n, m] of [sequences, heads, n, m]; 0 if missing."""
+        heads, n, m = rows.shape[1:]
+        full = rows.new_zeros(len(self.prompt) * self.per_prompt, heads, n, m)
+        full[self.slots] = rows
+        full = full.reshape(len(self.prompt), self.per_prompt, heads, n, m).transpose(1, 2)
+        return full.reshape(len(self.prompt), heads, self.per_prompt * n, m)
+
+    def by_sequence(self, full: torch.Tensor, n: int) -> torch.Tensor:
+        """Return [sequences, heads, n, m] of what `by_prompt` returns."""
+        prompts, heads, _, m = full.shape
+        rows = full.reshape(prompts, heads, self.per_prompt, n, m).transpose(1, 2)
+        return rows.reshape(-1, heads, n, m)[self.slots]
+
+
+def attention_of_continuations(query, key: Shared, value: Shared, attention_mask, scaling):
+    """Return the attention of a new token of each sequence to its prompt and to what is its own.
+
+    Keys of a prompt are read once for all that continue it, where copies would be read for each.
+
+    Args:
+        query: [sequences, heads, 1, head size].
+        attention_mask: bool [sequences, 1, 1, tokens of prompt and own], or None.
+        scaling: as of `attention_of_one_token`.
+
+    Returns:
+        [sequences, 1, heads, head size of the values] of the query's type, None.
+    """
+    heads, length = key.own.shape[1], key.prompt.shape[2]
+    grouped = query.reshape(len(query), heads, -1, query.shape[-1])
+    group, dtype = grouped.shape[2], key.own.dtype
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    with torch.autocast(query.device.type, enabled=False):
+        grouped = (grouped.float() * scaling).to(dtype)
+        to_prompt = key.by_prompt(grouped) @ key.prompt.transpose(2, 3)
+        to_own = grouped @ key.own.transpose(2, 3)
+        scores = torch.cat([key.by_sequence(to_prompt, group), to_own], dim=3).float()
+        if attention_mask is not None:
+            scores.masked_fill_(~attention_mask, -torch.inf)
+        of_prompt, of_own = scores.softmax(-1).to(dtype).tensor_split([length], dim=3)
+        output = value.by_sequence(value.by_prompt(of_prompt) @ value.prompt, group)
+        output = output + of_own @ value.own
     return output.to(query.dtype).reshape(*query.shape[:3], -1).transpose(1, 2), None
 
 

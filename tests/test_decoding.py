@@ -149,6 +149,64 @@ def test_a_title_may_be_kept_from_going_in_circles(loaded, num_beams):
     assert alone == kept
 
 
+def test_what_is_drawn_at_no_temperature_is_what_is_likeliest(loaded):
+    """Also where some continuations of a prompt have ended, and all those of others."""
+    model, prompts, ends, expected = loaded
+    seeds = [[n, n + 1, n + 2] for n in range(len(prompts))]
+    drawn = decoding.generate_ids(model, prompts, ends, LIMIT, seeds=seeds, temperature=1e-6)
+    assert drawn == [ids for ids in expected for _ in range(3)]
+
+
+def test_what_is_drawn_goes_with_its_seed_and_not_with_its_company(loaded):
+    model, prompts, ends, _ = loaded
+    seeds = [[10 * n, 10 * n + 1, 10 * n + 2] for n in range(len(prompts))]
+    how = {"temperature": 1.0, "no_repeat_ngram_size": 3}
+    drawn = decoding.generate_ids(model, prompts, ends, LIMIT, seeds=seeds, **how)
+    assert len({len(ids) for ids in drawn}) > 3
+    assert len(set(map(tuple, drawn))) > 2 * len(prompts)
+    for n, ids in enumerate(prompts):
+        alone = decoding.generate_ids(model, [ids], ends, LIMIT, seeds=seeds[n : n + 1], **how)
+        assert alone == drawn[3 * n : 3 * n + 3]
+        [one] = decoding.generate_ids(model, [ids], ends, LIMIT, seeds=[seeds[n][2:]], **how)
+        assert one == alone[2]
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely(monkeypatch):
+    monkeypatch.setattr(decoding, "LIKELIEST", 4)
+    scores, count = torch.tensor([2.0, 0.5, -1.0, 1.0, -3.0, -4.0]), 20_000
+    draw = decoding.Draw(0.7, list(range(count)), CPU)
+    found = draw(None, scores.expand(count, -1)).argmax(1).bincount(minlength=6) / count
+    expected = (scores[:4] / 0.7).softmax(0)
+    assert found[:4].tolist() == pytest.approx(expected.tolist(), abs=0.015)
+    assert found[4:].tolist() == [0, 0]
+
+
+def test_attention_to_a_shared_prompt_is_that_to_its_copies():
+    """Of three prompts with up to four continuations each; that of the second are all gone."""
+    rng = torch.Generator().manual_seed(0)
+    layer = decoding.RoomyLayer(room=3)
+    layer.update(*(torch.randn(3, 2, 7, size, generator=rng) for size in (4, 5)))
+    copies = decoding.RoomyLayer(room=3)
+    copies.update(*(t.repeat_interleave(4, dim=0) for t in (layer.keys, layer.values)))
+    shared = decoding.SharedLayer(layer, 4)
+    padding = torch.tensor([0, 2, 5]).repeat_interleave(4)  # columns that no one may look at
+    for kept in ([*range(12)], [0, 2, 3, 8, 10], [1, 3, 4]):
+        padding = padding[kept]
+        for each in (shared, copies):
+            each.batch_select_indices(torch.tensor(kept))
+        new = [torch.randn(len(kept), 2, 1, size, generator=rng) for size in (4, 5)]
+        query = torch.randn(len(kept), 6, 1, 4, generator=rng)
+        parts, whole = shared.update(*new), copies.update(*new)
+        assert shared.get_seq_length() == copies.get_seq_length()
+        mask = torch.arange(shared.get_seq_length()) >= padding[:, None]
+        for masked in (mask[:, None, None], None):
+            found = packing.attention_of_continuations(query, *parts, masked, 0.3)[0]
+            expected = packing.attention_of_one_token(query, *whole, masked, 0.3)[0]
+            assert found.shape == (len(kept), 1, 6, 5)
+            torch.testing.assert_close(found, expected)
+    assert shared.prompts[0].shape[0] == 2  # the second is let go of
+
+
 def test_only_the_new_tokens_count_as_repeated():
     ids, scores = torch.tensor([[5, 6, 7, 9, 5, 6]]), torch.zeros(1, 10)
     rule = decoding.NoRepeatNGramLogitsProcessor(3)

@@ -249,6 +249,43 @@ def test_beams_are_recorded(trained, news, tmp_path):
     assert all(row["num_new_tokens"] >= 3 for row in rows)
 
 
+def test_of_drawn_titles_the_one_most_like_the_others_is_written(
+    trained, news, tmp_path, monkeypatch
+):
+    drawn, choose = [], infer.most_alike
+    monkeypatch.setattr(infer, "most_alike", lambda titles: drawn.append(titles) or choose(titles))
+    more = ("--base_weights", "fp32", "--num_samples", "5", "--temperature", "0.9")
+    call(infer.main, "--run_dir", trained, *args_for(news, tmp_path / "out.csv", *more))
+    record, rows = details(tmp_path / "out.jsonl")
+    assert record["decoding"] == "the most alike of 5 drawn at temperature 0.9"
+    assert [len(titles) for titles in drawn] == [5] * len(rows)
+    assert len({title.raw for titles in drawn for title in titles}) > 2 * len(rows)
+    chosen = {choose(titles).raw for titles in drawn}
+    assert {row["raw"] for row in rows} == chosen
+    # The same, whatever the batches, and wherever an article stands.
+    small = (*more, "--max_batch_tokens", "1")
+    call(infer.main, "--run_dir", trained, *args_for(news, tmp_path / "one.csv", *small))
+    assert read_csv(tmp_path / "one.csv") == read_csv(tmp_path / "out.csv")
+    write_csv(tmp_path / "turned.csv", read_csv(news / "test.csv")[::-1])
+    turned = ("--input_file", tmp_path / "turned.csv", "--output_file", tmp_path / "back.csv")
+    call(infer.main, "--run_dir", trained, *turned, *more)
+    assert read_csv(tmp_path / "back.csv")[::-1] == read_csv(tmp_path / "out.csv")
+
+
+def test_the_most_alike_of_some_titles():
+    texts = ("Un incendie à Nîmes", "", "Un hôtel à Nîmes", "Un incendie dans un hôtel à Nîmes")
+    titles = [infer.Title(text, text, 3, "eos") for text in texts]
+    assert infer.most_alike(titles) == titles[3]
+    assert infer.most_alike(titles[:2]) == titles[0]  # as much as the other
+
+
+def test_drawing_needs_packed_rows(trained, news, tmp_path, monkeypatch):
+    monkeypatch.setattr("packing.use_packed_attention", lambda *_: False)
+    args = args_for(news, tmp_path / "out.csv", "--num_samples", "2")
+    with pytest.raises(UserError, match="--num_samples: this model takes no packed rows"):
+        call(infer.main, "--run_dir", trained, *args)
+
+
 # ---------------------------------------------------------------------- one article
 
 
@@ -298,6 +335,21 @@ def test_one_article_has_its_title_on_standard_output(trained, news, tmp_path, c
         (
             ["--text", "a", "--min_new_tokens", "9", "--max_new_tokens", "8"],
             "infer.py: error: --min_new_tokens 9: above --max_new_tokens 8",
+        ),
+        (
+            ["--text", "a", "--temperature", "2"],
+            "infer.py: error: --temperature: titles are drawn with --num_samples above 1; or leave "
+            "it out",
+        ),
+        (
+            ["--text", "a", "--num_samples", "2", "--num_beams", "2"],
+            "infer.py: error: --num_samples: it is for titles without --num_beams; leave one of "
+            "them out",
+        ),
+        (
+            ["--engine", "continuous", "--num_samples", "2"],
+            "infer.py: error: --engine continuous: it knows no --num_samples; leave one of them "
+            "out",
         ),
         (
             ["--engine", "continuous", "--num_beams", "2"],

@@ -125,8 +125,11 @@ def test_batches_packed_rows_and_continuous_batching_on_the_gpu(wide_model, dtyp
     rest = (infer.Decoding(40), [f"a{row}" for row in prompts], 2048, lambda: False)
     continuous = dict(infer.write_continuously(model, prompt, prompts, *rest))
     assert padded.keys() == packed.keys() == continuous.keys() == prompts.keys()
+    drawn = infer.Decoding(40, num_samples=3, temperature=1e-6)  # as good as greedy
+    shared = dict(infer.write_batch(model, prompt, prompts, drawn, {}))
+    assert padded.keys() == shared.keys()
     if dtype == torch.float32:
-        assert padded == packed == continuous
+        assert padded == packed == continuous == shared
     else:
         # Of a random model, the first tokens: a near tie that tips changes all that follows.
         assert sum(padded[row].title[:3] == packed[row].title[:3] for row in padded) >= 9
