@@ -90,21 +90,23 @@ def pack(examples: list[Example], device: torch.device) -> dict:
     Returns:
         `packing.pack` of the ids; `logits_to_keep` and `labels`, int64 [title tokens]: indices in
         the row, and the tokens that come after them. Where tokens of articles are learnt too, they
-        are among them, and `article_weights`, float32 of that shape, says how much each of those
-        counts; it is 0 for a title's.
+        are among them; `weights`, float32 of that shape, says how much each label counts, and
+        `of_titles`, bool, which are a title's.
     """
     row = packing.pack([example.ids for example in examples], device)
-    keep, labels, weights, start = [], [], [], 0
+    keep, labels, weights, of_titles, start = [], [], [], [], 0
     for example in examples:
         learnt = [*example.learnt, *range(example.num_prompt_ids, len(example.ids))]
         keep.extend(start + position - 1 for position in learnt)
         labels.extend(example.ids[position] for position in learnt)
-        weights += [example.learnt_weight] * len(example.learnt) + [0.0] * example.num_title_ids
+        weights += [example.learnt_weight] * len(example.learnt) + [1.0] * example.num_title_ids
+        of_titles += [False] * len(example.learnt) + [True] * example.num_title_ids
         start += len(example.ids)
     row["logits_to_keep"] = torch.tensor(keep, dtype=torch.long).to(device)
     row["labels"] = torch.tensor(labels, dtype=torch.long).to(device)
     if any(example.learnt for example in examples):
-        row["article_weights"] = torch.tensor(weights).to(device)
+        row["weights"] = torch.tensor(weights).to(device)
+        row["of_titles"] = torch.tensor(of_titles).to(device)
     return row
 
 

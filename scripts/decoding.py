@@ -36,7 +36,6 @@ PREFILL_TOKENS = 4096  # of prompts that are read in one packed row
 # Tokens of a batch beyond which it was no faster on 2 cores, and needs no more on a large GPU.
 MOST_BATCH_TOKENS = {"cpu": 16_384, "cuda": 131_072}
 LEAST_BATCH_TOKENS = 1024
-LIKELIEST = 64  # tokens among which one is drawn: the long tail holds no good title
 PAGE = 256  # tokens of a page of continuous batching's cache, in transformers 5.17 and 5.24 alike
 
 
@@ -48,6 +47,7 @@ def generate_ids(
     max_new_tokens: int,
     seeds: list[list[int]] | None = None,
     temperature: float | None = None,
+    top_k: int | None = None,
     **options,
 ) -> list[list[int]]:
     """Return what the model writes after each prompt, up to what ends it, that included.
@@ -58,9 +58,9 @@ def generate_ids(
         prompts: ids, at least one for each.
         ends: what ends a title.
         max_new_tokens: limit of each.
-        seeds: as many for each prompt. Instead of what is likeliest, one continuation is drawn for
-            each seed, and those of a prompt are returned one after the other.
-        temperature: at which they are drawn.
+        seeds: the same number for each prompt. Instead of what is likeliest, one continuation is
+            drawn for each seed, and those of a prompt are returned one after the other.
+        temperature, top_k: how they are drawn, see `Draw`.
         options: of `GenerationConfig`: num_beams, min_new_tokens, length_penalty, and
             no_repeat_ngram_size, which here is of the new tokens alone.
     """
@@ -71,7 +71,7 @@ def generate_ids(
     longest, rows, written = sequence.shape[1], list(range(len(prompts))), {}
     line_end = LineEnd(ends, longest)
     in_rounds = options.get("num_beams", 1) == 1 and keeps_plain_cache(model)
-    cache = prefill(model, prompts, max_new_tokens) if in_rounds else None
+    cache = prefill(model, prompts, 0 if seeds else max_new_tokens) if in_rounds else None
     min_new_tokens = options.pop("min_new_tokens", None) or 0
     size, processors = options.pop("no_repeat_ngram_size", None), LogitsProcessorList()
     if size:
@@ -81,8 +81,11 @@ def generate_ids(
         sequence, mask = (t.repeat_interleave(per_prompt, dim=0) for t in (sequence, mask))
         rows = list(range(len(sequence)))
         if in_rounds and cache.layers[0].is_initialized:
-            cache.layers = [SharedLayer(layer, per_prompt) for layer in cache.layers]
-        draw = Draw(temperature, [seed for those in seeds for seed in those], model.device)
+            # The last id of a prompt is read with what continues it.
+            room = max_new_tokens + 1
+            cache.layers = [SharedLayer(layer, per_prompt, room) for layer in cache.layers]
+        flat = [seed for those in seeds for seed in those]
+        draw = Draw(temperature, top_k, flat, longest, max_new_tokens)
         processors.append(draw)
     while rows:
         done = sequence.shape[1] - longest
@@ -148,26 +151,28 @@ class OfNewTokens(LogitsProcessor):
 
 
 class Draw(LogitsProcessor):
-    """Makes the greatest score that of a token drawn at a temperature among the LIKELIEST, by
-    Gumbel noise.
+    """Makes the greatest score that of a token drawn at a temperature from the `top_k` likeliest,
+    by Gumbel noise.
 
-    Each row draws by a generator of its own, so that what it draws does not depend on its company.
+    The noise of each row is made beforehand from a seed of its own, on a CPU: what it draws depends
+    neither on its company nor on the device.
     """
 
-    def __init__(self, temperature: float, seeds: list[int], device: torch.device):
-        self.temperature = temperature
-        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    def __init__(self, temperature: float, top_k: int, seeds: list[int], prompt_length: int, steps):
+        self.prompt_length = prompt_length
+        self.noise = torch.empty(len(seeds), steps, top_k)
+        for row, seed in zip(self.noise, seeds, strict=True):
+            row.exponential_(generator=torch.Generator().manual_seed(seed))
+        self.noise.log_().mul_(-temperature)
 
     def keep(self, rows: list[int]) -> None:
-        self.generators = [self.generators[row] for row in rows]
+        self.noise = self.noise[rows]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        found, tokens = scores.float().topk(min(LIKELIEST, scores.shape[1]))
-        noise = torch.empty_like(found)
-        for row, generator in zip(noise, self.generators, strict=True):
-            row.exponential_(generator=generator)
-        found -= self.temperature * noise.log_()
-        return torch.full_like(scores, -torch.inf).scatter_(1, tokens, found.to(scores.dtype))
+        found, tokens = scores.topk(min(self.noise.shape[2], scores.shape[1]))
+        noise = self.noise[:, input_ids.shape[1] - self.prompt_length, : found.shape[1]]
+        found = found + noise.to(found.device)
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens, found)
 
 
 class LineEnd(StoppingCriteria):
@@ -201,6 +206,25 @@ def keeps_plain_cache(model) -> bool:
         return False
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     return all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def can_share_prompts(model) -> bool:
+    """Return whether several titles can be drawn of a prompt whose keys are kept once.
+
+    It is tried, for some models look into keys and values on their way from the cache to attention.
+    """
+    if model.config.get_text_config()._attn_implementation != packing.PACKED:
+        return False
+    if not keeps_plain_cache(model):
+        return False
+    before, free = model.generation_config, Ends(frozenset({0}), 0, b"")
+    try:
+        generate_ids(model, [[7, 8, 9], [7, 8]], free, 2, [[0, 1]] * 2, temperature=1.0, top_k=2)
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        return False
+    finally:
+        model.generation_config = before
+    return True
 
 
 class RoomyLayer(DynamicLayer):
@@ -252,14 +276,14 @@ class SharedLayer(RoomyLayer):
     Its keys and values are `packing.Shared`, for the attention there.
     """
 
-    def __init__(self, read: RoomyLayer, per_prompt: int):
-        super().__init__(read.room)
+    def __init__(self, read: RoomyLayer, per_prompt: int, room: int):
+        super().__init__(room)
         self.prompts = read.keys, read.values
         self.lazy_initialization(*self.prompts)
         sequences = len(read.keys) * per_prompt
         self.slots = torch.arange(sequences, device=read.keys.device)
         self.per_prompt = per_prompt
-        sizes = (sequences, read.keys.shape[1], read.room + 1)
+        sizes = (sequences, read.keys.shape[1], room)
         self.hold(*(t.new_zeros(*sizes, t.shape[3]) for t in self.prompts), 0)
 
     def get_seq_length(self, *_) -> int:
@@ -381,7 +405,7 @@ def in_halves(generate: Callable[[list[int]], list], batch: list[int], size_of, 
             raise LoneError(
                 "memory",
                 f"not enough for one article with its title ({tokens:,} tokens)",
-                "lower --max_length or --max_new_tokens, or give --base_weights nf4",
+                "lower --max_length, --max_new_tokens or --num_samples, or give --base_weights nf4",
             )
         if not too_large:
             note(

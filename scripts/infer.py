@@ -10,9 +10,9 @@ Without a file, the title of one article, of `--text` or of standard input, is p
 """
 
 import argparse
+import functools
 import glob
 import itertools
-import json
 import logging
 import math
 import sys
@@ -82,12 +82,14 @@ class Decoding:
     length_penalty: float | None = None  # of beam search: above 0 favours long titles
     no_repeat_ngram_size: int | None = None  # so many tokens of a title do not come again in it
     num_samples: int = 1  # above 1: drawn, and of these the one most like the others is taken
-    temperature: float | None = None  # at which they are drawn
+    temperature: float = 0.5  # at which they are drawn,
+    top_k: int = 64  # each token from so many: the long tail holds no good title
 
     def __str__(self) -> str:
         words = "greedy" if self.num_beams == 1 else f"{self.num_beams} beams"
         if self.num_samples > 1:
             words = f"the most alike of {self.num_samples} drawn at temperature {self.temperature}"
+            words += f", top-k {self.top_k}"
         words += f", at least {self.min_new_tokens} tokens" if self.min_new_tokens else ""
         if self.length_penalty is not None:
             words += f", length penalty {self.length_penalty}"
@@ -98,6 +100,8 @@ class Decoding:
         """Return what `generate_ids` takes, without the limit and the seeds."""
         options = {name: value for name, value in asdict(self).items() if value is not None}
         del options["max_new_tokens"], options["num_samples"]
+        if self.num_samples == 1:
+            del options["temperature"], options["top_k"]
         return options
 
     @property
@@ -106,7 +110,7 @@ class Decoding:
         return self.max_new_tokens * self.num_samples
 
 
-SAMPLES_HELP = "so many are drawn; the one most like the others by ROUGE-L is written; 1: greedy"
+SAMPLES_HELP = "above 1: so many are drawn; the one most like the others by ROUGE-L is written"
 WEIGHTS = ["nf4", "nf4-bf16", "bf16", "fp32"]
 ENGINE_HELP = "continuous: transformers' own, on whose timing roundings depend"
 
@@ -436,8 +440,8 @@ def generate_batch(model, prompt, prompts: list[list[int]], decoding: Decoding) 
     ends = prompt.ends(base.generation_config)
     options, count = decoding.options(), decoding.num_samples
     if count > 1:
-        # Of the article itself: a title depends neither on its place in the file nor on others.
-        first = [zlib.crc32(json.dumps(ids).encode()) for ids in prompts]
+        # Of the article itself, so that what is drawn goes neither with its place nor with others.
+        first = [zlib.crc32(str(ids).encode()) for ids in prompts]
         options["seeds"] = [[seed + number for number in range(count)] for seed in first]
     new_ids = generate_ids(base, prompts, ends, decoding.max_new_tokens, **options)
     titles = [read_title(prompt, ends, ids) for ids in new_ids]
@@ -449,12 +453,16 @@ def generate_batch(model, prompt, prompts: list[list[int]], decoding: Decoding) 
 def most_alike(titles: list[Title]) -> Title:
     """Return the title whose ROUGE-L with the others is highest; the first, if several are equal.
 
-    Were one of the others the true title, it would score best: minimum Bayes risk decoding
-    (Kumar and Byrne 2004; with samples, arXiv 2108.04718).
+    Were each of the others in turn the true title, it would score best on average: minimum Bayes
+    risk decoding (Kumar and Byrne 2004; with samples, arXiv 2108.04718).
     """
     from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.tokenizers import DefaultTokenizer, Tokenizer
 
-    scorer, alike = RougeScorer(["rougeL"]), [0.0] * len(titles)
+    class Once(Tokenizer):  # each title, where the scorer would for each pair
+        tokenize = staticmethod(functools.cache(DefaultTokenizer().tokenize))
+
+    scorer, alike = RougeScorer(["rougeL"], tokenizer=Once()), [0.0] * len(titles)
     for (n, one), (m, other) in itertools.combinations(enumerate(titles), 2):
         score = scorer.score(one.title, other.title)["rougeL"].fmeasure
         alike[n] += score
@@ -505,7 +513,7 @@ def load(source: dict, base_folder: Path, prompt, decoding: Decoding, timeout: f
     import torch
     from accelerate import Accelerator
 
-    from decoding import keeps_plain_cache
+    from decoding import can_share_prompts
     from modeling import (
         attach_adapter,
         check_kind,
@@ -539,9 +547,10 @@ def load(source: dict, base_folder: Path, prompt, decoding: Decoding, timeout: f
         if source["weights"] == "nf4-bf16" or roomy:
             dequantize_base(model)
             dequantized = f"4-bit weights dequantized once, to {size / 2**30:.1f} GiB: faster"
-    packs = use_packed_attention(model, longest)
-    if decoding.num_samples > 1 and not (packs and keeps_plain_cache(model)):
-        raise UserError("--num_samples", "this model takes no packed rows", "leave it out")
+    use_packed_attention(model, longest)
+    if decoding.num_samples > 1 and not can_share_prompts(model):  # copies would take the memory
+        what = "titles of this model cannot share what it has read"
+        raise UserError("--num_samples", what, "leave it out")
     if source["adapter"]:
         model = attach_adapter(model, source["adapter"])
         fuse_lora(model)
@@ -571,11 +580,8 @@ def make_prompt(source: dict, base_folder: Path, settings: dict) -> Prompt:
 def decoding_of(args, settings: dict) -> Decoding:
     limit = args.max_new_tokens or settings["max_title_tokens"]
     names = ("num_beams", "min_new_tokens", "length_penalty", "no_repeat_ngram_size")
-    names += ("num_samples", "temperature")
-    chosen = {name: getattr(args, name) for name in names}
-    if args.num_samples > 1:
-        chosen["temperature"] = args.temperature or 0.5
-    return Decoding(limit, **chosen)
+    chosen = {name: getattr(args, name) for name in (*names, "num_samples", "temperature")}
+    return Decoding(limit, **{name: value for name, value in chosen.items() if value is not None})
 
 
 def find_model(args) -> dict:

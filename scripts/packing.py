@@ -149,15 +149,23 @@ def attention_of_continuations(query, key: Shared, value: Shared, attention_mask
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     with torch.autocast(query.device.type, enabled=False):
         grouped = (grouped.float() * scaling).to(dtype)
-        to_prompt = key.by_prompt(grouped) @ key.prompt.transpose(2, 3)
-        to_own = grouped @ key.own.transpose(2, 3)
-        scores = torch.cat([key.by_sequence(to_prompt, group), to_own], dim=3).float()
+        to_prompt = products_in_fp32(key.by_prompt(grouped), key.prompt.transpose(2, 3))
+        to_own = products_in_fp32(grouped, key.own.transpose(2, 3))
+        scores = torch.cat([key.by_sequence(to_prompt, group), to_own], dim=3)
         if attention_mask is not None:
             scores.masked_fill_(~attention_mask, -torch.inf)
         of_prompt, of_own = scores.softmax(-1).to(dtype).tensor_split([length], dim=3)
         output = value.by_sequence(value.by_prompt(of_prompt) @ value.prompt, group)
         output = output + of_own @ value.own
     return output.to(query.dtype).reshape(*query.shape[:3], -1).transpose(1, 2), None
+
+
+def products_in_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return a @ b of [x, y, n, m] and [x, y, m, k] in fp32, of whatever type they are."""
+    if a.dtype == torch.float32:
+        return a @ b
+    flat = torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32)  # on CUDA alone
+    return flat.unflatten(0, a.shape[:2])
 
 
 def no_mask_or_sdpas(*args, attention_mask=None, **kwargs):

@@ -26,6 +26,7 @@ ARTICLE = "{article}"
 PROBE = "L'Élysée, cœur « évacué »\u00a0: 3,5 % d’œuvres à Nîmes — où ? Ça, 1 200 €."
 # Some chat formats tell the date: today's would make another prompt of them every day.
 SAME_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
+TOGETHER = 128  # texts: what a tokenizer makes of them takes several times their ids
 ATTEMPTS = 8  # to break what a tokenizer puts together again
 BRACKETED = re.compile(r"<\|[^|<>\s]+\|>|<<?/?\w+>>?|\[/?[A-Z_]+\]")  # <|user|> <<SYS>> [/INST]
 
@@ -173,12 +174,12 @@ class Prompt:
         return self.encode_all([article], None if title is None else [title])[0]
 
     def encode_all(self, articles: list[str], titles: list[str] | None = None) -> list[Example]:
-        """Return what `encode` does, of many: tokenizers read them on all cores at once."""
+        """Return what `encode` does, of many: fast tokenizers read them on all cores at once."""
         many = self._data_ids(articles, self.article_budget, self.before_article)
         if titles is None:
             return [self._example(ids) for ids in many]
         ends = self._data_ids(titles, self.max_title_tokens - 1, self.before_title)
-        return list(map(self._example, many, ends))
+        return [self._example(*pair) for pair in zip(many, ends, strict=True)]
 
     def _example(self, article_ids: list[int], title_ids: list[int] | None = None) -> Example:
         article_cut = len(article_ids) > self.article_budget
@@ -238,28 +239,34 @@ class Prompt:
     def _ids(self, text: str | list[str], trusted: bool = False) -> list:
         # The text of a control token is a control token in the template, and plain text in data.
         return self.tokenizer(
-            text, add_special_tokens=False, split_special_tokens=not trusted, verbose=False
+            text,
+            add_special_tokens=False,
+            split_special_tokens=not trusted,
+            return_attention_mask=False,
+            verbose=False,
         ).input_ids
 
     def _data_ids(self, texts: list[str], wanted: int, before: str = "") -> list[list[int]]:
-        """Return the ids of data, right in the `wanted` first, and more of a text that has more.
+        """Return the ids of data, the `wanted` first, and one more of a text that has more.
 
         Only the head of a long text is tokenised: a page of 10 MB would take its time, and most
         of it is cut off anyway.
         """
-        characters = 8 * (wanted + self.margin)
-        found = self._heads_ids(texts, characters, before)
-        for n, text in enumerate(texts):
-            size = characters
-            while size < len(text) and len(found[n]) <= wanted + self.margin:
-                size *= 4
-                [found[n]] = self._heads_ids([text], size, before)
+        found = []
+        for start in range(0, len(texts), TOGETHER):
+            some, characters = texts[start : start + TOGETHER], 8 * (wanted + self.margin)
+            for text, ids in zip(some, self._heads_ids(some, characters, before), strict=True):
+                size = characters
+                while size < len(text) and len(ids) <= wanted + self.margin:
+                    size *= 4
+                    [ids] = self._heads_ids([text], size, before)
+                found.append(ids[: wanted + 1])
         return found
 
     def _heads_ids(self, texts: list[str], characters: int, before: str) -> list[list[int]]:
         lines = [self._one_line(text[:characters]) for text in texts]
-        opened = [before + line if line else "" for line in lines]
-        return [self._harmless(ids, before) for ids in (self._ids(opened) if opened else [])]
+        many = self._ids([before + line if line else "" for line in lines])
+        return [self._harmless(ids, before) for ids in many]
 
     def _harmless(self, ids: list[int], before: str) -> list[int]:
         """Return the ids of data once no marker is in what they read as.

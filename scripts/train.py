@@ -45,7 +45,7 @@ MAX_SKIPPED_IN_A_ROW = 5  # updates whose gradient is not finite, before the run
 
 
 WEIGHTS_HELP = "QLoRA; the same, dequantized once: faster, larger; plain LoRA"
-COOLDOWN_HELP = "share of the updates, the last ones, in which the rate falls; 0: constant"
+COOLDOWN_HELP = "share of the updates, the last ones, over which it falls to 0"
 PROMPT_LOSS_HELP = "of an article's token in the loss, where a title's is 1"
 CHECKPOINTING_HELP = "auto: what memory asks for; none, full, or a number N for every Nth layer"
 
@@ -78,7 +78,7 @@ def parse_args(argv=None):
     add("--max_train_steps", type=int, help="stop after so many updates")
     add("--per_device_train_batch_size", type=int, default=4, help="articles per forward pass")
     add("--gradient_accumulation_steps", type=int, default=2, help="forward passes per update")
-    add("--learning_rate", type=float, default=2e-4, help="after the warm-up")
+    add("--learning_rate", type=float, default=2e-4, help="between warm-up and cooldown")
     add("--warmup_ratio", type=float, default=0.03, help="share of the updates that warm up")
     add("--cooldown_ratio", type=float, default=0.0, help=COOLDOWN_HELP)
     add("--prompt_loss_weight", type=float, default=0.0, help=PROMPT_LOSS_HELP)
@@ -112,6 +112,8 @@ def parse_args(argv=None):
                 parser.error(f"--{name} {value}: give a number from 0 to below 2**32")
         elif type(value) in (int, float) and not 0 < value < math.inf:
             parser.error(f"--{name} {value}: give a {'finite ' * (value > 0)}number above 0")
+    if args.warmup_ratio + (ratio := args.cooldown_ratio) > 1:
+        parser.error(f"--cooldown_ratio {ratio}: give less, or lower --warmup_ratio")
     when = args.activation_checkpointing
     if when not in ("auto", "none", "full") and not (when.isdecimal() and int(when) > 0):
         parser.error(f"--activation_checkpointing {when}: give auto, none, full or a number")
@@ -380,7 +382,7 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
         # Linear warm-up, then constant; (step + 1), for a first update at 0 would be lost. If there
         # is a cooldown, linear to 0 over the last updates (arXiv 2405.18392).
         warm = (step + 1) / max(1, num_warmup_steps)
-        cool = (num_training_steps - step) / max(1, num_cooldown_steps)
+        cool = (num_training_steps - step) / (num_cooldown_steps + 1)
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * min(1.0, warm, cool)
         loss_sum = torch.zeros((), device=accelerator.device)
@@ -473,20 +475,21 @@ def title_loss(model, batch):
     """Return the cross-entropy of title tokens and EOS, summed over a batch of `batching`.
 
     Where tokens of articles are among the labels, its gradient is theirs too, by their weights; its
-    value is that of titles alone, to be compared with other runs and with the validation's.
+    value is that of titles alone, to be compared with other runs and with the validation's. (It is
+    not finite where any of them is not.)
     """
     import torch.nn.functional as F
 
     from batching import IGNORED
 
-    inputs = {k: v for k, v in batch.items() if k not in ("labels", "article_weights")}
+    inputs = {k: v for k, v in batch.items() if k not in ("labels", "weights", "of_titles")}
     logits = model(**inputs, use_cache=False).logits.flatten(0, -2)  # where labels are, alone
     labels, how = batch["labels"].flatten(), {"ignore_index": IGNORED}
-    if (weights := batch.get("article_weights")) is None:
+    if (weights := batch.get("weights")) is None:
         return F.cross_entropy(logits.float(), labels, reduction="sum", **how)
     losses = F.cross_entropy(logits.float(), labels, reduction="none", **how)
-    of_articles = (losses * weights).sum()
-    return (losses * (weights == 0)).sum() + (of_articles - of_articles.detach())
+    weighted = (losses * weights).sum()
+    return (losses * batch["of_titles"]).sum().detach() + (weighted - weighted.detach())
 
 
 def evaluate(accelerator, model, make_batch, prompt, articles, args, state, stop_asked) -> bool:

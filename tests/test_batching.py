@@ -110,7 +110,8 @@ def test_what_is_learnt_of_an_article_is_among_the_labels_with_its_weight():
     assert batch["input_ids"].tolist() == [[9, 8, 5, 6, 7, 0]]
     assert batch["logits_to_keep"].tolist() == [0, 2, 3, 4]
     assert batch["labels"].tolist() == [8, 6, 7, 0]
-    assert batch["article_weights"].tolist() == [0.0, 0.5, 0.5, 0.0]
+    assert batch["weights"].tolist() == [1.0, 0.5, 0.5, 1.0]
+    assert batch["of_titles"].tolist() == [True, False, False, True]
 
 
 def test_padding_is_on_the_left_and_made_from_lengths():

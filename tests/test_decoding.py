@@ -153,32 +153,45 @@ def test_what_is_drawn_at_no_temperature_is_what_is_likeliest(loaded):
     """Also where some continuations of a prompt have ended, and all those of others."""
     model, prompts, ends, expected = loaded
     seeds = [[n, n + 1, n + 2] for n in range(len(prompts))]
-    drawn = decoding.generate_ids(model, prompts, ends, LIMIT, seeds=seeds, temperature=1e-6)
+    how = {"temperature": 1e-6, "top_k": 9}
+    drawn = decoding.generate_ids(model, prompts, ends, LIMIT, seeds, **how)
     assert drawn == [ids for ids in expected for _ in range(3)]
 
 
 def test_what_is_drawn_goes_with_its_seed_and_not_with_its_company(loaded):
     model, prompts, ends, _ = loaded
     seeds = [[10 * n, 10 * n + 1, 10 * n + 2] for n in range(len(prompts))]
-    how = {"temperature": 1.0, "no_repeat_ngram_size": 3}
-    drawn = decoding.generate_ids(model, prompts, ends, LIMIT, seeds=seeds, **how)
+    how = {"temperature": 1.0, "top_k": 64, "no_repeat_ngram_size": 3}
+    drawn = decoding.generate_ids(model, prompts, ends, LIMIT, seeds, **how)
     assert len({len(ids) for ids in drawn}) > 3
     assert len(set(map(tuple, drawn))) > 2 * len(prompts)
     for n, ids in enumerate(prompts):
-        alone = decoding.generate_ids(model, [ids], ends, LIMIT, seeds=seeds[n : n + 1], **how)
+        alone = decoding.generate_ids(model, [ids], ends, LIMIT, seeds[n : n + 1], **how)
         assert alone == drawn[3 * n : 3 * n + 3]
-        [one] = decoding.generate_ids(model, [ids], ends, LIMIT, seeds=[seeds[n][2:]], **how)
+        [one] = decoding.generate_ids(model, [ids], ends, LIMIT, [seeds[n][2:]], **how)
         assert one == alone[2]
 
 
-def test_tokens_are_drawn_as_often_as_they_are_likely(monkeypatch):
-    monkeypatch.setattr(decoding, "LIKELIEST", 4)
+def test_tokens_are_drawn_as_often_as_they_are_likely():
     scores, count = torch.tensor([2.0, 0.5, -1.0, 1.0, -3.0, -4.0]), 20_000
-    draw = decoding.Draw(0.7, list(range(count)), CPU)
-    found = draw(None, scores.expand(count, -1)).argmax(1).bincount(minlength=6) / count
+    draw = decoding.Draw(0.7, 4, list(range(count)), prompt_length=5, steps=2)
     expected = (scores[:4] / 0.7).softmax(0)
-    assert found[:4].tolist() == pytest.approx(expected.tolist(), abs=0.015)
-    assert found[4:].tolist() == [0, 0]
+    found = [draw(torch.empty(count, 5 + step), scores.expand(count, -1)) for step in range(2)]
+    for tokens in (step.argmax(1) for step in found):
+        shares = tokens.bincount(minlength=6) / count
+        assert shares[:4].tolist() == pytest.approx(expected.tolist(), abs=0.015)
+        assert shares[4:].tolist() == [0, 0]
+    assert not torch.equal(*found)
+
+
+def test_a_model_that_looks_into_its_keys_shares_no_prompts(loaded, monkeypatch):
+    model = loaded[0]
+    before = model.generation_config
+    packed = model.config._attn_implementation == packing.PACKED
+    assert decoding.can_share_prompts(model) == packed
+    monkeypatch.setattr(packing, "attention_of_continuations", lambda _, key, *rest: key.shape)
+    assert not decoding.can_share_prompts(model)
+    assert model.generation_config is before
 
 
 def test_attention_to_a_shared_prompt_is_that_to_its_copies():
@@ -188,7 +201,7 @@ def test_attention_to_a_shared_prompt_is_that_to_its_copies():
     layer.update(*(torch.randn(3, 2, 7, size, generator=rng) for size in (4, 5)))
     copies = decoding.RoomyLayer(room=3)
     copies.update(*(t.repeat_interleave(4, dim=0) for t in (layer.keys, layer.values)))
-    shared = decoding.SharedLayer(layer, 4)
+    shared = decoding.SharedLayer(layer, 4, 3)
     padding = torch.tensor([0, 2, 5]).repeat_interleave(4)  # columns that no one may look at
     for kept in ([*range(12)], [0, 2, 3, 8, 10], [1, 3, 4]):
         padding = padding[kept]

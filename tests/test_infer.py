@@ -257,7 +257,7 @@ def test_of_drawn_titles_the_one_most_like_the_others_is_written(
     more = ("--base_weights", "fp32", "--num_samples", "5", "--temperature", "0.9")
     call(infer.main, "--run_dir", trained, *args_for(news, tmp_path / "out.csv", *more))
     record, rows = details(tmp_path / "out.jsonl")
-    assert record["decoding"] == "the most alike of 5 drawn at temperature 0.9"
+    assert record["decoding"] == "the most alike of 5 drawn at temperature 0.9, top-k 64"
     assert [len(titles) for titles in drawn] == [5] * len(rows)
     assert len({title.raw for titles in drawn for title in titles}) > 2 * len(rows)
     chosen = {choose(titles).raw for titles in drawn}
@@ -279,10 +279,17 @@ def test_the_most_alike_of_some_titles():
     assert infer.most_alike(titles[:2]) == titles[0]  # as much as the other
 
 
-def test_drawing_needs_packed_rows(trained, news, tmp_path, monkeypatch):
+def test_drawn_titles_have_room_in_a_batch(trained, news, tmp_path):
+    args = infer.parse_args(["--model_name_or_path", "m", "--text", "a", "--num_samples", "4"])
+    decoding = infer.decoding_of(args, {"max_title_tokens": 10})
+    assert (decoding.temperature, decoding.room) == (0.5, 40)
+    assert infer.make_batches([[1] * 60, [1] * 50, [1] * 5], decoding.room, 200) == [[0, 1], [2]]
+
+
+def test_drawing_needs_prompts_that_can_be_shared(trained, news, tmp_path, monkeypatch):
     monkeypatch.setattr("packing.use_packed_attention", lambda *_: False)
     args = args_for(news, tmp_path / "out.csv", "--num_samples", "2")
-    with pytest.raises(UserError, match="--num_samples: this model takes no packed rows"):
+    with pytest.raises(UserError, match="--num_samples: titles of this model cannot share what"):
         call(infer.main, "--run_dir", trained, *args)
 
 

@@ -149,13 +149,21 @@ def test_a_cooldown_ends_a_constant_rate_and_goes_on_where_it_was_stopped(
     args = train_args(tiny_model, news, tmp_path / "run", *more, "--checkpointing_steps", "2")
     call(train.main, *args)
     assert ", 1 to warm up, 3 to cool down" in capsys.readouterr().out
-    rates = [3e-3, 3e-3, 3e-3, 3e-3, 2e-3, 1e-3]
+    rates = [3e-3, 3e-3, 3e-3, 2.25e-3, 1.5e-3, 0.75e-3]
     assert [row["learning_rate"] for row in updates(tmp_path / "run")] == pytest.approx(rates)
     whole = (tmp_path / "run/adapter_model.safetensors").read_bytes()
     fourth = tmp_path / "run/checkpoints/step-000004"
     call(train.main, *args, "--resume_from_checkpoint", str(fourth))
     assert [row["learning_rate"] for row in updates(tmp_path / "run")] == pytest.approx(rates)
     assert (tmp_path / "run/adapter_model.safetensors").read_bytes() == whole
+
+
+def test_warm_up_and_cooldown_share_the_updates(capsys):
+    more = ("--warmup_ratio", "0.6", "--cooldown_ratio", "0.5")
+    with pytest.raises(SystemExit):
+        train.parse_args([*map(str, train_args("m", Path("d"), "run", *more))])
+    expected = "--cooldown_ratio 0.5: give less, or lower --warmup_ratio\n"
+    assert capsys.readouterr().err.endswith(expected)
 
 
 @pytest.fixture(scope="module")
