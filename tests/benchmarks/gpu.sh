@@ -57,13 +57,13 @@ for name in "$@"; do
     real) part real python tests/benchmarks/real_data.py --model "$SMOLLM2" --data_dir "$INF582" \
       --output_dir "$OUT/real" --config_file "$CONFIG" --max_length 1024 "${REAL[@]}" \
       --untuned_prompts prompts/fr.txt prompts/en.txt --submissions untuned adapter ;;
-    # What had the lowest validation loss on a CPU (P in README.md), at the full size.
+    # What had the lowest validation loss on a CPU (Q in README.md), at the full size.
     best) part best python tests/benchmarks/real_data.py --model "$SMOLLM2" --data_dir "$INF582" \
       --output_dir "$OUT/best" --config_file "$CONFIG" --max_length 1024 "${REAL[@]}" \
       --untuned_prompts --submissions adapter chosen drawn --ways "beams=--num_beams 4" \
       "chosen=--no_repeat_ngram_size 6 --min_new_tokens 48" \
       "drawn=--num_samples 16 --no_repeat_ngram_size 6 --min_new_tokens 48" -- \
-      --lora_r 256 --lora_alpha 128 --lora_dropout 0 --learning_rate 5e-4 --num_train_epochs 3 \
+      --lora_r 256 --lora_alpha 128 --lora_dropout 0 --learning_rate 6e-4 --num_train_epochs 3 \
       --prompt_loss_weight 0.1 --base_weights nf4-bf16 --cooldown_ratio 0.25 ;;
     *) echo "no part is called $name" >&2; exit 2 ;;
   esac
