@@ -252,9 +252,9 @@ class Prompt:
         Only the head of a long text is tokenised: a page of 10 MB would take its time, and most
         of it is cut off anyway.
         """
-        found = []
+        found, characters = [], 8 * (wanted + self.margin)
         for start in range(0, len(texts), TOGETHER):
-            some, characters = texts[start : start + TOGETHER], 8 * (wanted + self.margin)
+            some = texts[start : start + TOGETHER]
             for text, ids in zip(some, self._heads_ids(some, characters, before), strict=True):
                 size = characters
                 while size < len(text) and len(ids) <= wanted + self.margin:

@@ -279,7 +279,7 @@ def test_the_most_alike_of_some_titles():
     assert infer.most_alike(titles[:2]) == titles[0]  # as much as the other
 
 
-def test_drawn_titles_have_room_in_a_batch(trained, news, tmp_path):
+def test_drawn_titles_have_room_in_a_batch():
     args = infer.parse_args(["--model_name_or_path", "m", "--text", "a", "--num_samples", "4"])
     decoding = infer.decoding_of(args, {"max_title_tokens": 10})
     assert (decoding.temperature, decoding.room) == (0.5, 40)
