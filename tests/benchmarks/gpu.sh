@@ -57,7 +57,7 @@ for name in "$@"; do
     real) part real python tests/benchmarks/real_data.py --model "$SMOLLM2" --data_dir "$INF582" \
       --output_dir "$OUT/real" --config_file "$CONFIG" --max_length 1024 "${REAL[@]}" \
       --untuned_prompts prompts/fr.txt prompts/en.txt --submissions untuned adapter ;;
-    # What had the lowest validation loss on a CPU (Q in README.md), at the full size.
+    # What had the lowest validation loss on a CPU (Q and S in README.md), at the full size.
     best) part best python tests/benchmarks/real_data.py --model "$SMOLLM2" --data_dir "$INF582" \
       --output_dir "$OUT/best" --config_file "$CONFIG" --max_length 1024 "${REAL[@]}" \
       --untuned_prompts --submissions adapter chosen drawn --ways "beams=--num_beams 4" \
