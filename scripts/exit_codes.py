@@ -14,7 +14,7 @@ BUG = 1  # what Python itself returns after a traceback
 USER_ERROR = 2  # the user must change something
 STOPPED = 75  # when asked, or by a lost node: run the same command again (EX_TEMPFAIL)
 INTERRUPTED = 130  # Ctrl-C before there was anything to lose, as a shell has it
-PATIENCE = 30.0  # seconds in which the first process should have told what all of them have met
+PATIENCE = 30.0  # seconds that the first process has to tell what all of them have met
 KEPT = []  # see keep_group
 
 
@@ -82,11 +82,9 @@ def run(main) -> None:
 
     `accelerate launch` answers 1 whatever its script returned, so the code is also written to the
     file that the environment variable EXIT_CODE_FILE names; the launchers pass it on from there.
-    Under several processes every rank meets the same complaint and the first one tells it. What
-    launched them ends all as soon as one has ended, so the others wait, for the first one may be
-    slower. `PATIENCE` seconds later it may not have met it, or is on another node: they tell it
-    too. But one that lost another process tells neither that nor its code, nor does one with a bug.
-    The loss of the first may be all that is the matter with it.
+    Under several processes every rank meets the same complaint and only the first one tells it; nor
+    do others tell their code, for they may merely have lost the first one. What launched them ends
+    all as soon as one has ended, so the others wait to be ended: the first one may be slower.
     """
     code, tell, lost = BUG, is_first_process(), False
     try:
@@ -98,7 +96,6 @@ def run(main) -> None:
         if not tell:
             with suppress(KeyboardInterrupt):
                 time.sleep(PATIENCE)  # or until SIGTERM
-            tell = not lost
         # What the frames hold goes now: a progress bar prints itself once more when it does.
         traceback.clear_frames(error.__traceback__)
         if tell:

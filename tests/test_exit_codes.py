@@ -124,20 +124,15 @@ def test_other_processes_wait_for_the_first_to_complain(tmp_path, error):
     assert (done.stderr, written) == ("error: a: b; c\n", f"{done.returncode}\n")
 
 
-def test_other_processes_complain_at_once_of_what_they_alone_met(tmp_path):
-    done, written = run("raise WriteError('a', 'b', 'c')", tmp_path, RANK="1")
+@pytest.mark.parametrize(("rank", "printed"), [("0", True), ("1", False), ("11", False)])
+def test_only_the_first_process_complains(tmp_path, rank, printed):
+    at_once = "import exit_codes; exit_codes.PATIENCE = 0.0"
+    done, written = run(f"{at_once}; raise UserError('a', 'b', 'c')", tmp_path, RANK=rank)
+    assert done.stderr == ("error: a: b; c\n" if printed else "")
+    assert done.returncode == 2
+    assert written == ("2\n" if printed else None)
+    done, written = run("raise WriteError('a', 'b', 'c')", tmp_path, RANK=rank)  # its own
     assert (done.stderr, written) == ("error: a: b; c\n", "2\n")
-
-
-@pytest.mark.parametrize(
-    ("error", "number", "printed"), [("UserError", 2, "error: a: b; c\n"), ("LostNode", 75, "")]
-)
-def test_other_processes_complain_when_the_first_did_not_come(tmp_path, error, number, printed):
-    """But one that lost the first does not know whether the same command would go on."""
-    code = f"import exit_codes; exit_codes.PATIENCE = 0.01; raise {error}('a', 'b', 'c')"
-    done, written = run(code, tmp_path, RANK="1")
-    assert (done.returncode, done.stderr) == (number, printed)
-    assert written == (f"{number}\n" if printed else None)
 
 
 def test_an_error_of_the_disk_is_a_complaint_that_names_file_and_room(tmp_path):
