@@ -13,7 +13,6 @@ import argparse
 import functools
 import glob
 import itertools
-import logging
 import math
 import sys
 import zlib
@@ -33,6 +32,7 @@ from exit_codes import (
     run,
     writing,
 )
+from libraries import quick_imports
 from machine import check_devices, free_memory
 from nodes import Nodes, process_group
 from predictions import Parts, is_complete, part_file, part_files, write_line
@@ -509,21 +509,21 @@ def read_title(prompt, ends, new_ids: list[int]) -> Title:
 def load(source: dict, base_folder: Path, prompt, decoding: Decoding, timeout: float):
     """Return the accelerator and, on its device, the model that `find_model` found."""
     # These take seconds to import, which a complaint about the input should not have to wait for.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of optional kernels not installed
-    import torch
-    from accelerate import Accelerator
+    with quick_imports():
+        import torch
+        from accelerate import Accelerator
 
-    from decoding import can_share_prompts
-    from modeling import (
-        attach_adapter,
-        check_kind,
-        dequantize_base,
-        fuse_lora,
-        load_base,
-        round_lora,
-        skeleton,
-    )
-    from packing import use_packed_attention
+        from decoding import can_share_prompts
+        from modeling import (
+            attach_adapter,
+            check_kind,
+            dequantize_base,
+            fuse_lora,
+            load_base,
+            round_lora,
+            skeleton,
+        )
+        from packing import use_packed_attention
 
     nf4 = source["weights"] in ("nf4", "nf4-bf16")
     dtype = torch.bfloat16 if source["precision"] == "bf16" else torch.float32

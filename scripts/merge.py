@@ -10,7 +10,6 @@ them; no GPU is needed.
 
 import argparse
 import json
-import logging
 import math
 import os
 import shutil
@@ -25,6 +24,7 @@ from pathlib import Path
 from articles import Columns, check_articles, iterate_articles
 from exit_codes import UserError, note, run, writing
 from hub import check_hub, push
+from libraries import quick_imports
 from model_card import CARD, model_card
 from prompting import PROBE, end_ids, load_tokenizer, prompt_of_run
 from run_folder import (
@@ -106,11 +106,11 @@ def main(argv=None):
     check_fit(base_folder, Path(adapter_dir))
 
     # These take seconds to import, which a complaint about the input should not have to wait for.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of optional kernels not installed
-    import torch
-    from transformers import AutoConfig, GenerationConfig
+    with quick_imports():
+        import torch
+        from transformers import AutoConfig, GenerationConfig
 
-    from modeling import lora_arguments
+        from modeling import lora_arguments
 
     try:
         lora_arguments(adapter_dir)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exit_codes import UserError
+from libraries import quick_imports
 from run_folder import OWN_FILES_ONLY, first_line
 
 PROMPTS = Path(__file__).resolve().parent.parent / "prompts"
@@ -325,7 +326,8 @@ def load_tokenizer(folder: str):
     It is loaded before the libraries of a model are imported: what is wrong with it, or with the
     length of a prompt, is then told in half the time.
     """
-    from transformers import AutoTokenizer
+    with quick_imports():
+        from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **OWN_FILES_ONLY)

@@ -16,7 +16,6 @@ import os
 import platform
 import re
 import subprocess
-import sys
 from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -39,9 +38,6 @@ PROMPT_SETTINGS |= {"max_length": int, "max_title_tokens": int}
 OWN_FILES_ONLY = {"trust_remote_code": False, "local_files_only": True}
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
 SAMPLED_BYTES = 1 << 20  # of each weight file that go into its fingerprint
-# With this package, bitsandbytes at its import, and transformers for a config.json that asks for
-# it, fetch compiled code from the Hub and run it. None makes both believe that there is none.
-sys.modules["kernels"] = None
 
 
 def check_model_folder(name: str, run_dir: str | None = None) -> None:

@@ -9,7 +9,6 @@ are those of the report in the README, and of the QLoRA paper (arXiv 2305.14314)
 """
 
 import argparse
-import logging
 import math
 import os
 import time
@@ -21,6 +20,7 @@ from articles import Columns, check_articles, open_articles
 from exit_codes import STOPPED, UserError, keep_group, note, printable, run
 from hub import check_hub, push
 from hygiene import Survey, report_rows, report_titles
+from libraries import quick_imports
 from machine import check_devices
 from nodes import Nodes, process_group
 from prompting import PROMPTS, Prompt, load_tokenizer, read_template
@@ -162,41 +162,41 @@ def main(argv=None):
 def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
     """Run the training that the checked arguments ask for; return STOPPED if `stop` was asked."""
     # These take seconds to import, which a complaint about the input should not have to wait for.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of optional kernels not installed
-    import torch
-    from accelerate import Accelerator
-    from accelerate.utils import broadcast_object_list, set_seed, tqdm
-    from bitsandbytes.optim import PagedAdamW32bit
-    from peft import LoraConfig, get_peft_model
-    from torch.optim import AdamW
+    with quick_imports():
+        import torch
+        from accelerate import Accelerator
+        from accelerate.utils import broadcast_object_list, set_seed, tqdm
+        from bitsandbytes.optim import PagedAdamW32bit
+        from peft import LoraConfig, get_peft_model
+        from torch.optim import AdamW
 
-    from batching import deal, dropout_seed, epoch_order, learn_articles_too, pack, pad_left
-    from checkpoints import (
-        find_checkpoint,
-        first_state,
-        give_up,
-        load_checkpoint,
-        on_main_process,
-        record_evaluation,
-        save_adapter,
-        save_checkpoint,
-        save_what_is_left,
-        set_later_ones_aside,
-    )
-    from memory import describe_peak, peak_memory, plan_memory
-    from modeling import (
-        adapted_skeleton,
-        check_kind,
-        check_targets,
-        checkpoint_layers,
-        dequantize_base,
-        fuse_lora,
-        load_base,
-        skeleton,
-    )
-    from packing import use_packed_attention
-    from plan import PACE, describe_plan, describe_time, largest_micro_batch, measure_lengths
-    from sharding import Whole, check_shardable, fsdp_plugin, shard, turn_on
+        from batching import deal, dropout_seed, epoch_order, learn_articles_too, pack, pad_left
+        from checkpoints import (
+            find_checkpoint,
+            first_state,
+            give_up,
+            load_checkpoint,
+            on_main_process,
+            record_evaluation,
+            save_adapter,
+            save_checkpoint,
+            save_what_is_left,
+            set_later_ones_aside,
+        )
+        from memory import describe_peak, peak_memory, plan_memory
+        from modeling import (
+            adapted_skeleton,
+            check_kind,
+            check_targets,
+            checkpoint_layers,
+            dequantize_base,
+            fuse_lora,
+            load_base,
+            skeleton,
+        )
+        from packing import use_packed_attention
+        from plan import PACE, describe_plan, describe_time, largest_micro_batch, measure_lengths
+        from sharding import Whole, check_shardable, fsdp_plugin, shard, turn_on
 
     # ------------------------------------------------------------------ accelerator and seed
     # The update is spelled out below. Accelerate must not count micro-batches of its own, which

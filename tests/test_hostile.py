@@ -293,11 +293,11 @@ def test_a_hostile_model_trains_infers_and_merges_without_a_trap_or_a_call(
 
 
 def test_the_package_that_fetches_code_is_out_of_reach(no_network, tmp_path):
-    """Without run_folder's line, transformers alone imports it to ask for its version."""
+    """Without the line in libraries.py, transformers alone imports it to ask for its version."""
     _, environment = no_network
     imported = Path(environment["PYTHONPATH"], "kernels_imported")
     ask = "from transformers.utils import is_kernels_available; is_kernels_available()"
-    for code, found in ((ask, True), (f"import run_folder; {ask}", False)):
+    for code, found in ((ask, True), (f"import prompting; {ask}", False)):
         imported.unlink(missing_ok=True)
         path = os.pathsep.join((environment["PYTHONPATH"], str(SCRIPTS)))
         subprocess.run(

@@ -1,0 +1,28 @@
+"""What the libraries must not do when they are imported, and no more time for it than need be."""
+
+import gc
+import logging
+import os
+import sys
+from contextlib import contextmanager
+
+# With this package, bitsandbytes at its import, and transformers for a config.json that asks for
+# it, fetch compiled code from the Hub and run it. None makes both believe that there is none.
+sys.modules["kernels"] = None
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which warns that there is none
+# bitsandbytes hands functions that are never called here to torch.compile, and that imports torch's
+# compiler, a seventh of all imports. Nothing here is compiled.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+
+@contextmanager
+def quick_imports():
+    """Import without looking for garbage meanwhile, which takes a seventh of the time: what is
+    imported stays."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
