@@ -435,7 +435,7 @@ def test_an_interrupted_merge_leaves_nothing_that_looks_like_a_model(
     )
     assert any("half way" in line for line in process.stdout)
     process.send_signal(getattr(signal, signal_name))
-    process.communicate(timeout=60)
+    process.communicate(timeout=240)
     assert process.returncode != 0
     left = list(tmp_path.rglob("*"))
     if signal_name != "SIGKILL":
