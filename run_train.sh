@@ -33,7 +33,7 @@ if [ "$MODEL" = "$DEMO/model" ]; then  # a small model learns faster, and has me
   TRAIN_FILE="$DEMO/train.csv" VALIDATION_FILE="$DEMO/validation.csv"
   RUN_DIR="${RUN_DIR:-runs/demo}"
   set -- --learning_rate 2e-3 --per_device_train_batch_size 16 --gradient_accumulation_steps 1 \
-    --activation_checkpointing none --max_length 256 --max_title_tokens 48 "$@"
+    --lora_dropout 0 --activation_checkpointing none --max_length 256 --max_title_tokens 48 "$@"
 fi
 refuse() { echo "error: $1" >&2; exit 2; }
 for name in TRAIN_FILE RUN_DIR; do
