@@ -13,10 +13,12 @@ import warnings
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from torch.autograd.function import once_differentiable
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
@@ -272,10 +274,40 @@ def _lora_forward(layer, x: torch.Tensor) -> torch.Tensor:
     """Return W x + scaling B A dropout(x), for `x` of [..., in]."""
     (name,) = layer.active_adapters
     output = layer.base_layer(x)
-    low = layer.lora_A[name](layer.lora_dropout[name](x))
-    b, scaling = layer.lora_B[name].weight, layer.scaling[name]
+    dropout, a, scaling = layer.lora_dropout[name], layer.lora_A[name], layer.scaling[name]
+    if dropout.training and getattr(dropout, "p", 0.0):
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        low = DroppedProduct.apply(x, a.weight.to(x.dtype), dropout.p)
+        scaling /= 1 - dropout.p  # here, where it costs nothing
+    else:
+        low = a(x)
+    b = layer.lora_B[name].weight
     total = torch.addmm(output.flatten(0, -2), low.flatten(0, -2), b.t(), alpha=scaling)
     return total.unflatten(0, output.shape[:-1])
+
+
+class DroppedProduct(torch.autograd.Function):
+    """A (m * x) with a new m of zeros, in a share p, and ones: dropout but for its 1 / (1 - p).
+
+    For the gradients `x` and m are kept, not m * x. Layers share one `x` (those of queries, keys
+    and values; gate and up), so it is kept once, and a byte a number for each layer's own m.
+    """
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, a: torch.Tensor, p: float) -> torch.Tensor:
+        """Return [..., rank] for `x` of [..., in] and `a` of [rank, in], of the same type."""
+        m = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)  # drawn as PEFT's are
+        m = m.view(torch.uint8)  # by which CPUs multiply faster
+        ctx.save_for_backward(x, a, m)
+        return F.linear(x * m, a)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: torch.Tensor):
+        x, a, m = ctx.saved_tensors
+        grad_of_x = (grad @ a).mul_(m) if ctx.needs_input_grad[0] else None
+        return grad_of_x, grad.flatten(0, -2).t() @ (x * m).flatten(0, -2), None
 
 
 def round_lora(model, dtype: torch.dtype) -> None:
