@@ -19,7 +19,7 @@ from pathlib import Path
 
 from exit_codes import UserError, run
 
-VERSION = 1  # of what is made; a folder made by another version is refused
+VERSION = 2  # of what is made; a folder made by another version is refused
 
 # One subject a block: "section | first number | step | objects", the title, the lead, the facts.
 # [a|b] is a choice of words, ~ a no-break space. The facts are {v} a town, {p} a person, {n} a
