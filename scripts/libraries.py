@@ -1,4 +1,4 @@
-"""What the libraries must not do when they are imported, and no more time for it than need be."""
+"""What the libraries must not do when they are imported, and how that takes less time."""
 
 import gc
 import logging
@@ -10,8 +10,8 @@ from contextlib import contextmanager
 # it, fetch compiled code from the Hub and run it. None makes both believe that there is none.
 sys.modules["kernels"] = None
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which warns that there is none
-# bitsandbytes hands functions that are never called here to torch.compile, and that imports torch's
-# compiler, a seventh of all imports. Nothing here is compiled.
+# bitsandbytes hands functions that are hardly ever called here to torch.compile, and that imports
+# torch's compiler, a seventh of all imports. Nothing here is compiled.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 from exit_codes import UserError, run
+from libraries import quick_imports
 
 VERSION = 2  # of what is made; a folder made by another version is refused
 
@@ -439,10 +440,11 @@ SIDEBARS = [choices(line)[0] for line in SIDEBARS.strip().splitlines()]
 
 def make_model(folder, seed: int, steps: int):
     """Train a tokenizer and a small Llama on articles that are in no split of the corpus."""
-    import torch
-    from torch.nn.utils.rnn import pad_sequence
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.utils import logging
+    with quick_imports():
+        import torch
+        from torch.nn.utils.rnn import pad_sequence
+        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers.utils import logging
 
     logging.disable_progress_bar()
     start = time.perf_counter()
@@ -504,7 +506,7 @@ def make_model(folder, seed: int, steps: int):
 
 
 def similar_batches(rows: list, size: int, shuffle: random.Random):
-    """Yield batches without end, four at a time of rows by length, which need less padding."""
+    """Yield batches without end; rows for four are drawn, and sorted by length for less padding."""
     while True:
         drawn = sorted(shuffle.sample(rows, 4 * size), key=len)
         batches = [drawn[start : start + size] for start in range(0, 4 * size, size)]

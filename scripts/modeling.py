@@ -263,7 +263,8 @@ def fuse_lora(model) -> None:
     PEFT's own forward pass goes over an output of the base four times more: to copy it where the
     base is 4-bit, to write B A x, to scale that, and to add the two; its backward pass scales the
     gradient, and copies inputs to the adapter's fp32, which autocast rounds to the same bf16 again.
-    Here the sum is rounded once where it was three times; it is the same but for that.
+    Here the sum is rounded once where it was three times, and dropout's factor goes into it; it is
+    the same but for that.
     """
     for module in model.modules():
         if isinstance(module, LoraLayer):
@@ -279,7 +280,7 @@ def _lora_forward(layer, x: torch.Tensor) -> torch.Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         low = DroppedProduct.apply(x, a.weight.to(x.dtype), dropout.p)
-        scaling /= 1 - dropout.p  # here, where it costs nothing
+        scaling = scaling / (1 - dropout.p)  # here, where it costs nothing
     else:
         low = a(x)
     b = layer.lora_B[name].weight
@@ -291,13 +292,14 @@ class DroppedProduct(torch.autograd.Function):
     """A (m * x) with a new m of zeros, in a share p, and ones: dropout but for its 1 / (1 - p).
 
     For the gradients `x` and m are kept, not m * x. Layers share one `x` (those of queries, keys
-    and values; gate and up), so it is kept once, and a byte a number for each layer's own m.
+    and values; gate and up), which is kept once where it needs no cast, and a byte a number for
+    each layer's own m.
     """
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, a: torch.Tensor, p: float) -> torch.Tensor:
         """Return [..., rank] for `x` of [..., in] and `a` of [rank, in], of the same type."""
-        m = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)  # drawn as PEFT's are
+        m = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)  # drawn as torch's are on a CPU
         m = m.view(torch.uint8)  # by which CPUs multiply faster
         ctx.save_for_backward(x, a, m)
         return F.linear(x * m, a)

@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import libraries  # noqa: F401 (what it hides, it hides from all that know of a run)
 from exit_codes import UserError, is_first_process, note, printable, writing
 
 RUN_CONFIG = "run_config.json"

@@ -26,7 +26,7 @@ from prompting import PROBE
 LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "peft", "bitsandbytes", "evaluate")
 LIBRARIES += ("pandas", "pyarrow", "scipy", "nltk", "rouge_score", "py3langid")
 # What an answer may import, by what it has to know; all else cannot even be imported, so that no
-# complaint waits for it. (No test has a clock: how long an import takes is the machine's affair.)
+# complaint waits for it. (No clock here: how long an import takes is the machine's affair.)
 NEEDS = {
     "nothing": (),
     "Parquet": ("pyarrow",),

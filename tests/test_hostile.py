@@ -297,7 +297,7 @@ def test_the_package_that_fetches_code_is_out_of_reach(no_network, tmp_path):
     _, environment = no_network
     imported = Path(environment["PYTHONPATH"], "kernels_imported")
     ask = "from transformers.utils import is_kernels_available; is_kernels_available()"
-    for code, found in ((ask, True), (f"import prompting; {ask}", False)):
+    for code, found in ((ask, True), (f"import run_folder; {ask}", False)):
         imported.unlink(missing_ok=True)
         path = os.pathsep.join((environment["PYTHONPATH"], str(SCRIPTS)))
         subprocess.run(

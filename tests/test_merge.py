@@ -406,7 +406,7 @@ def slowly(stream, tensor):
     count[0] += 1
     if count[0] == 5:
         print("half way", flush=True)
-        time.sleep(60)
+        time.sleep(3600)
 
 merge.write_tensor = slowly
 merge.run(merge.main)

@@ -195,6 +195,45 @@ def test_in_bf16_its_sum_is_rounded_once(tiny_model):
     assert error < error_of_peft
 
 
+def test_dropout_under_autocast_is_exact_but_for_bf16(tiny_model):
+    model = with_lora(modeling.load_base(str(tiny_model), CPU, torch.bfloat16, False), **LARGE)
+    modeling.fuse_lora(model)
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj").train()
+    generator = torch.manual_seed(0)
+    x = torch.randn(500, 64, generator=generator).bfloat16().requires_grad_()
+    gradient = torch.randn(500, 128, generator=generator).bfloat16()
+    matrices = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    torch.manual_seed(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(x)
+    found.backward(gradient)
+
+    torch.manual_seed(1)
+    kept = torch.empty_like(x, dtype=torch.bool).bernoulli_(0.8).double() / 0.8
+    exact = [t.detach().double().requires_grad_() for t in (x, *matrices)]
+    low = (exact[0] * kept) @ exact[1].T
+    base = exact[0] @ layer.base_layer.weight.double().T
+    expected = base + layer.scaling["default"] * low @ exact[2].T
+    expected.backward(gradient.double())
+    assert {matrix.grad.dtype for matrix in matrices} == {torch.float32}
+    pairs = [
+        (found, expected),
+        *((t.grad, e.grad) for t, e in zip((x, *matrices), exact, strict=True)),
+    ]
+    for number, (rounded, whole) in enumerate(pairs):
+        assert (rounded.double() - whole).norm() < 0.01 * whole.norm(), number
+
+
+def test_a_layer_that_is_computed_again_drops_the_same(tiny_model):
+    model = with_lora(modeling.load_base(str(tiny_model), CPU, torch.bfloat16, True), **LARGE)
+    modeling.fuse_lora(model)
+    expected = lora_gradients(model)
+    modeling.checkpoint_layers(model, 1)
+    for name, gradient in lora_gradients(model).items():
+        assert gradient.any(), name
+        assert torch.equal(gradient, expected[name]), name
+
+
 def test_an_adapter_rounded_once_says_the_same_as_one_that_autocast_rounds(tiny_model):
     model = with_lora(modeling.load_base(str(tiny_model), CPU, torch.bfloat16, True), **LARGE)
     modeling.fuse_lora(model.eval())

@@ -384,7 +384,7 @@ def test_the_launchers_file_is_no_first_signal(tmp_path):
 @pytest.mark.parametrize("number", SIGNALS)
 def test_ignoring_signals_is_not_inherited_from_the_launcher(number):
     code = "import time; from stopping import StopRequest\n"
-    code += "with StopRequest(None):\n    print('ready', flush=True); time.sleep(60)"
+    code += "with StopRequest(None):\n    print('ready', flush=True); time.sleep(3600)"
     ignore = f"trap '' {signal.Signals(number).name[3:]}; exec \"$@\""
     command = ["sh", "-c", ignore, "-", sys.executable, "-c", code]
     process = subprocess.Popen(command, cwd=SCRIPTS, stdout=subprocess.PIPE, text=True)
