@@ -35,11 +35,10 @@ def test_the_table_tells_the_reports_story(demo):
     print(rouge)
     assert rouge["adapter"] >= 2 * rouge["untuned"]
     assert rouge["adapter"] > 0.4
-    # Merging rounds to bf16, by which a title may take another turn, for better or worse: 5 to 18
-    # of 100 on bases that were made in slightly different ways, and 0.0003 to 0.0115 of ROUGE-L.
+    assert abs(rouge["merged"] - rouge["adapter"]) <= 0.01
+    # Merging rounds to bf16, by which a title may take another turn, for better or worse.
     titles = [read_csv(folder / f"out/{name}.csv") for name in ("adapter", "merged")]
     assert sum(a == b for a, b in zip(*titles, strict=True)) >= 75
-    assert abs(rouge["merged"] - rouge["adapter"]) <= 0.03
     for name, value in rouge.items():
         assert any(
             line.startswith(name) and f"{value:.4f}" in line for line in printed.splitlines()

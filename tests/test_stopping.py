@@ -339,7 +339,7 @@ def test_a_second_signal_ends_the_process_at_once(number):
     process.send_signal(number)
     assert process.stdout.readline() == f"{signal.Signals(number).name}\n"
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=240)
+    process.communicate(timeout=30)
     assert process.returncode == -signal.SIGTERM
 
 
@@ -348,7 +348,7 @@ def test_signals_that_come_together_are_one_request():
     process = start_loop("leave", TOGETHER="3600")
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
         process.send_signal(number)
-    printed, _ = process.communicate(timeout=240)
+    printed, _ = process.communicate(timeout=30)
     assert process.returncode == 0
     assert printed in ("SIGINT\n", "SIGTERM\n")
 
@@ -377,20 +377,20 @@ def test_the_launchers_file_is_no_first_signal(tmp_path):
     assert process.stderr.readline() == "\n"
     assert process.stderr.readline().startswith("stopping as soon as")
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=240)
+    process.communicate(timeout=30)
     assert process.returncode == -signal.SIGTERM
 
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_ignoring_signals_is_not_inherited_from_the_launcher(number):
     code = "import time; from stopping import StopRequest\n"
-    code += "with StopRequest(None):\n    print('ready', flush=True); time.sleep(3600)"
+    code += "with StopRequest(None):\n    print('ready', flush=True); time.sleep(60)"
     ignore = f"trap '' {signal.Signals(number).name[3:]}; exec \"$@\""
     command = ["sh", "-c", ignore, "-", sys.executable, "-c", code]
     process = subprocess.Popen(command, cwd=SCRIPTS, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
-    process.communicate(timeout=240)
+    process.communicate(timeout=30)
     assert process.returncode == -number
 
 
@@ -400,14 +400,14 @@ def test_a_signal_is_taken_where_nobody_reads_what_is_said_of_it():
     process.stderr.close()
     process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == "SIGINT\n"
-    assert process.wait(timeout=240) == 0
+    assert process.wait(timeout=30) == 0
 
 
 @pytest.mark.parametrize(("rank", "said"), [("0", True), ("1", False)])
 def test_the_first_process_says_what_will_happen(rank, said):
     process = start_loop("leave", RANK=rank)
     process.send_signal(signal.SIGUSR1)
-    printed, complained = process.communicate(timeout=240)
+    printed, complained = process.communicate(timeout=30)
     assert (process.returncode, printed) == (0, "SIGUSR1\n")
     message = "\nstopping as soon as nothing is half done; once more to stop at once\n"
     assert complained == (message if said else "")

@@ -147,8 +147,8 @@ def test_no_process_outlives_the_one_that_started_it(tmp_path, number):
             children = [p for p in process.children() if "spawn_main" in " ".join(p.cmdline())]
             time.sleep(0.05)
         process.send_signal(number)
-        process.wait(timeout=240)
-        _, alive = psutil.wait_procs(children, timeout=240)
+        process.wait(timeout=60)
+        _, alive = psutil.wait_procs(children, timeout=60)
         assert alive == []
         assert not (tmp_path / "scores.json").exists()
     finally:
