@@ -2,7 +2,7 @@
 # The report's other steps: titles without fine-tuning, with it, merge, titles merged, a report.
 #
 #   bash run_infer.sh                        the demo, after bash run_train.sh; about 1 minute
-#   RUN_DIR=... INPUT_FILE=... REFERENCES=... bash run_infer.sh         (more options: --help)
+#   MODEL=... RUN_DIR=... INPUT_FILE=... OUTPUT_DIR=... bash run_infer.sh      (more: --help)
 #   sbatch [--nodes 2] run_infer.sh          the same under SLURM; edit the lines below first
 
 # --- SLURM (plain comments under bash) ---
@@ -30,12 +30,13 @@ REFERENCES="${REFERENCES:-}"                  # their true titles; empty: a repo
 OUTPUT_DIR="${OUTPUT_DIR:-}"                  # where titles, merged model and scores go
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-0}"  # 1 on nodes without a network
 
+refuse() { echo "error: $1" >&2; exit 2; }
 if [ "$MODEL" = "$DEMO/model" ]; then  # lengths as in its training, for the base too
+  [ -z "$INPUT_FILE$REFERENCES" ] || refuse "MODEL: not set, and the demo has its own files; set it"
   INPUT_FILE="$DEMO/test.csv" REFERENCES="$DEMO/test_titles.csv"
   RUN_DIR="${RUN_DIR:-runs/demo}" OUTPUT_DIR="${OUTPUT_DIR:-predictions/demo}"
   set -- --max_length 256 --max_new_tokens 48 "$@"
 fi
-refuse() { echo "error: $1" >&2; exit 2; }
 for name in RUN_DIR INPUT_FILE OUTPUT_DIR; do
   [ -n "${!name}" ] || refuse "$name: not set; give it beside MODEL"; done
 [ -f "$ACCELERATE_CONFIG" ] || refuse "$ACCELERATE_CONFIG: no such file; check ACCELERATE_CONFIG"
@@ -46,15 +47,14 @@ source scripts/launch.sh
 PROCESSES="$(python scripts/machine.py --config_file "$ACCELERATE_CONFIG")"  # or a complaint
 
 # --- Infer, merge, infer merged, score ---
-infer() {  # infer NAME OPTIONS...: titles in $OUTPUT_DIR/NAME.csv
-  launch scripts/infer.py --input_file "$INPUT_FILE" --output_file "$OUTPUT_DIR/$1.csv" "${@:2}"
-}
+infer() { launch scripts/infer.py --input_file "$INPUT_FILE" --output_file "$OUTPUT_DIR/$@"; }
 mkdir -p "$OUTPUT_DIR"
-infer untuned --model_name_or_path "$MODEL" --prompt_file "$PROMPT_FILE" "$@"
-infer adapter --run_dir "$RUN_DIR" "$@"
-python scripts/merge.py --run_dir "$RUN_DIR" --output_dir "$OUTPUT_DIR/merged"
-infer merged --run_dir "$OUTPUT_DIR/merged" "$@"
-NAMES="$(grep -oE -- '--(text|id)_column[ =][^ ]+' <<< "$*" || true)"  # of columns, for both
-python scripts/score.py ${REFERENCES:+--references "$REFERENCES"} --articles "$INPUT_FILE" $NAMES \
-  --predictions "$OUTPUT_DIR"/{untuned,adapter,merged}.csv --output_dir "$OUTPUT_DIR" --baselines \
-  lead1 first40 ${REFERENCES:+ext-oracle} --runs "${RUN_DIR%/checkpoints/*}" "$OUTPUT_DIR/merged"
+infer untuned.csv --model_name_or_path "$MODEL" --prompt_file "$PROMPT_FILE" "$@"
+infer adapter.csv --run_dir "$RUN_DIR" "$@"
+step python scripts/merge.py --run_dir "$RUN_DIR" --output_dir "$OUTPUT_DIR/merged"
+infer merged.csv --run_dir "$OUTPUT_DIR/merged" "$@"
+mapfile -t NAMES < <(printf '%s\n' "$@" | sed -nE '/^--(text|id)_column/{p;/=/!{n;p}}')
+step python scripts/score.py ${REFERENCES:+--references "$REFERENCES"} --articles "$INPUT_FILE" \
+  "${NAMES[@]}" --predictions "$OUTPUT_DIR"/{untuned,adapter,merged}.csv --baselines lead1 first40 \
+  ${REFERENCES:+ext-oracle} --runs "${RUN_DIR%/checkpoints/*}" "$OUTPUT_DIR/merged" \
+  --output_dir "$OUTPUT_DIR"

@@ -29,13 +29,15 @@ PROMPT_FILE="${PROMPT_FILE:-prompts/fr.txt}"
 RUN_DIR="${RUN_DIR:-}"                    # where the run goes
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-0}"  # 1 on nodes without a network
 
+refuse() { echo "error: $1" >&2; exit 2; }
 if [ "$MODEL" = "$DEMO/model" ]; then  # a small model learns faster; CPUs are slow to draw dropout
+  [ -z "$TRAIN_FILE$VALIDATION_FILE" ] ||
+    refuse "MODEL: not set, and the demo has its own files; set it"
   TRAIN_FILE="$DEMO/train.csv" VALIDATION_FILE="$DEMO/validation.csv"
   RUN_DIR="${RUN_DIR:-runs/demo}"
   set -- --learning_rate 2e-3 --per_device_train_batch_size 16 --gradient_accumulation_steps 1 \
     --lora_dropout 0 --activation_checkpointing none --max_length 256 --max_title_tokens 48 "$@"
 fi
-refuse() { echo "error: $1" >&2; exit 2; }
 for name in TRAIN_FILE RUN_DIR; do
   [ -n "${!name}" ] || refuse "$name: not set; give it beside MODEL"; done
 [ -f "$ACCELERATE_CONFIG" ] || refuse "$ACCELERATE_CONFIG: no such file; check ACCELERATE_CONFIG"
@@ -46,9 +48,9 @@ source scripts/launch.sh
 PROCESSES="$(python scripts/machine.py --config_file "$ACCELERATE_CONFIG")"  # or a complaint
 
 # --- Train ---
-[ "$MODEL" != "$DEMO/model" ] || python scripts/make_demo.py --output_dir "$DEMO"
+[ "$MODEL" != "$DEMO/model" ] || step python scripts/make_demo.py --output_dir "$DEMO"
 ARGS=(--model_name_or_path "$MODEL" --train_file "$TRAIN_FILE" --prompt_file "$PROMPT_FILE"
   ${VALIDATION_FILE:+--validation_file "$VALIDATION_FILE"} --output_dir "$RUN_DIR"
   --resume_from_checkpoint latest)  # what was stopped goes on
 launch scripts/train.py "${ARGS[@]}" "$@"
-python scripts/score.py --runs "$RUN_DIR" --output_dir "$RUN_DIR"  # its curves, as a page
+step python scripts/score.py --runs "$RUN_DIR" --output_dir "$RUN_DIR"  # its curves, as a page

@@ -647,6 +647,7 @@ def launcher(script, line, needs="nothing", files=None, **env):
     return Case(script, line, (), files or {}, real | env, needs)
 
 
+NO_MODEL = "not set, and the demo has its own files; set it"
 # With SETUP=1 and no environment active, the next step would make one: that nothing is written
 # shows that the answer came before.
 MACHINES = {
@@ -656,6 +657,8 @@ MACHINES = {
     "no INPUT_FILE": launcher(
         "run_infer.sh", "error: INPUT_FILE: not set; give it beside MODEL", INPUT_FILE="", SETUP="1"
     ),
+    "no MODEL to train": launcher("run_train.sh", f"error: MODEL: {NO_MODEL}", MODEL="", SETUP="1"),
+    "no MODEL to infer": launcher("run_infer.sh", f"error: MODEL: {NO_MODEL}", MODEL="", SETUP="1"),
     "no config to train": launcher(
         "run_train.sh",
         "error: none.yaml: no such file; check ACCELERATE_CONFIG",
@@ -681,6 +684,7 @@ MACHINES = {
         "use accelerate_configs/cpu.yaml",
         ACCELERATE_CONFIG="accelerate_configs/single_gpu.yaml",
         MODEL="",
+        TRAIN_FILE="",
         needs="GPUs",
     ),
     "no GPUs": launcher(

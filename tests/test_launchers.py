@@ -41,9 +41,10 @@ if os.path.exists(os.environ["STOP_FILE"]):
     sys.exit(1)
 open(os.environ["EXIT_CODE_FILE"], "w").write("0\\n")
 """
-FAKE_PYTHON = """#!/bin/sh
-printf '%s\\n' "$*" >> "$PYTHON_CALLS"
-case "$*" in "${SIGNAL_IN:-none} "*) kill -USR1 $PPID ;; esac
+FAKE_PYTHON = """#!/bin/bash
+words="$(printf '%q ' "$@")"
+printf '%s\\n' "${words% }" >> "$PYTHON_CALLS"
+case "$*" in "${SIGNAL_IN:-none} "*) kill -USR1 $PPID; exec sleep 600 ;; esac
 """
 
 
@@ -169,14 +170,14 @@ def test_infer_launcher_without_references_reports_without_scores(launch):
     assert args.baselines == ["lead1", "first40"]  # the oracle needs the true titles
 
 
-@pytest.mark.parametrize("options", [["--text_column", "body"], ["--text_column=body"]])
+@pytest.mark.parametrize("options", [["--text_column", "the body"], ["--text_column=the body"]])
 def test_names_of_columns_reach_the_scores_too(launch, options):
     import score
 
     calls, python = launch(ROOT / "run_infer.sh", *options, "--id_column", "guid", **REAL)
     args = score.parse_args(shlex.split(python[2])[1:])
-    assert (args.text_column, args.id_column) == ("body", "guid")
-    assert parsed(calls[0], infer).text_column == "body"
+    assert (args.text_column, args.id_column) == ("the body", "guid")
+    assert parsed(calls[0], infer).text_column == "the body"
 
 
 CALLS = [("run_train.sh", "1"), *(("run_infer.sh", call) for call in "123")]
@@ -375,14 +376,32 @@ def test_a_job_whose_processes_are_all_signalled_saves_before_its_launcher_ends(
 
 
 def test_a_signal_between_two_scripts_is_not_lost(launch, tmp_path):
-    """It comes while the adapter is merged; the titles of the merged model are then for later."""
+    """It ends the merge that it comes in; what would come after that never begins."""
     (tmp_path / "bin/scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/scontrol\n')
     (tmp_path / "bin/scontrol").chmod(0o755)
-    settings = {"SIGNAL_IN": "scripts/merge.py", "SLURM_JOB_ID": "17"}
-    launched, python = launch("run_infer.sh", code=STOPPED, **settings)
-    assert len(launched) == 3
+    spooled = tmp_path / "spool/slurm_script"
+    spooled.parent.mkdir()
+    shutil.copy(ROOT / "run_infer.sh", spooled)
+    settings = {
+        "SIGNAL_IN": "scripts/merge.py",
+        "SLURM_JOB_ID": "17",
+        "SLURM_SUBMIT_DIR": str(ROOT),
+    }
+    launched, python = launch(spooled, code=STOPPED, **settings)
+    assert len(launched) == 2
     assert [call.split()[0] for call in python] == ["scripts/machine.py", "scripts/merge.py"]
     assert (tmp_path / "scontrol").read_text() == "requeue 17\n"
+    # A task of an array goes back alone; a launcher that is not the job itself puts nothing back.
+    array = {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3"}
+    launch(spooled, code=STOPPED, **settings, **array)
+    launch("run_infer.sh", code=STOPPED, **settings)
+    assert (tmp_path / "scontrol").read_text() == "requeue 17\nrequeue 17_3\n"
+
+
+def ending(pid):
+    """Return whether SIGUSR2, by which the launcher ends all, waits for a process to go on."""
+    pending = re.search(r"^ShdPnd:\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.M)[1]
+    return bool(int(pending, 16) & 1 << (signal.SIGUSR2 - 1))
 
 
 def test_a_second_signal_to_the_launcher_ends_its_processes(job, tmp_path):
@@ -391,9 +410,15 @@ def test_a_second_signal_to_the_launcher_ends_its_processes(job, tmp_path):
     lock = tmp_path / "run/.lock"
     wait_until(lambda: lock.exists() and lock.read_text().endswith("\n"), process)
     trainer = int(re.search(r"process (\d+) on", lock.read_text())[1])
-    process.send_signal(signal.SIGINT)
+    os.kill(trainer, signal.SIGSTOP)  # or it might be done with its update by then
+    process.send_signal(signal.SIGHUP)
     wait_until(lambda: list((tmp_path / "tmp").glob("*.stop")), process)
+    process.send_signal(signal.SIGHUP)  # as a terminal that is closed: it counts as one
+    time.sleep(2.1)
+    assert not ending(trainer)
     process.send_signal(signal.SIGINT)
+    wait_until(lambda: ending(trainer), process)
+    os.kill(trainer, signal.SIGCONT)
     process.communicate(timeout=300)
     assert process.returncode == 130
     stat = Path(f"/proc/{trainer}/stat")  # may be there still, as a zombie that nobody reaps
@@ -460,7 +485,7 @@ def test_set_up_makes_an_environment_and_installs_once(set_up):
     assert calls == [
         "bin/python3 -m venv .venv",
         ".venv/bin/python - a.txt b.txt",
-        ".venv/bin/python -m pip install --quiet -r a.txt -r b.txt",
+        ".venv/bin/python -m pip install --quiet --no-compile -r a.txt -r b.txt",
     ]
     assert set_up() == ([".venv/bin/python - a.txt b.txt"], ".venv/bin/python")
 
@@ -589,7 +614,8 @@ exit "${code:-0}"
         (tmp_path / "srun")
         .read_text()
         .startswith(
-            "--ntasks=2 --ntasks-per-node=1 --kill-on-bad-exit=0 --cpus-per-task=8 bash -c "
+            "--ntasks=2 --ntasks-per-node=1 --export=ALL --kill-on-bad-exit=0 --wait=0 "
+            "--cpus-per-task=8 bash -c "
         )
     )
     assert len(launched) == 2

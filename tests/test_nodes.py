@@ -47,7 +47,8 @@ SRUN = """
 import os, signal, subprocess, sys
 nodes = {nodes!r}
 at = next(n for n, word in enumerate(sys.argv[1:], 1) if not word.startswith("-"))
-assert "--ntasks-per-node=1" in sys.argv[1:at] and "--cpus-per-task=1" in sys.argv[1:at], sys.argv
+wanted = {{"--ntasks-per-node=1", "--cpus-per-task=1", "--export=ALL", "--kill-on-bad-exit=0"}}
+assert wanted | {{"--wait=0"}} <= set(sys.argv[1:at]), sys.argv
 ordinary = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 def as_slurmstepd_does():

@@ -28,7 +28,7 @@ def launch(script, *argv, processes=2, fails=False, **env) -> str:
     """Return what the processes of fsdp.yaml print, started by the true command."""
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     command += ["--config_file", str(ROOT / "accelerate_configs/fsdp.yaml")]
-    command += ["--num_processes", str(processes), "--main_process_port", "0", str(script)]
+    command += ["--num_processes", str(processes), str(script)]
     result = subprocess.run(
         [*command, *map(str, argv)],
         capture_output=True,
