@@ -93,7 +93,7 @@ def pack(examples: list[Example], device: torch.device) -> dict:
         are among them; `weights`, float32 of that shape, says how much each label counts, and
         `of_titles`, bool, which are a title's.
     """
-    row = packing.pack([example.ids for example in examples], device)
+    row = packing.pack([example.ids for example in examples], torch.device("cpu"))
     keep, labels, weights, of_titles, start = [], [], [], [], 0
     for example in examples:
         learnt = [*example.learnt, *range(example.num_prompt_ids, len(example.ids))]
@@ -102,12 +102,12 @@ def pack(examples: list[Example], device: torch.device) -> dict:
         weights += [example.learnt_weight] * len(example.learnt) + [1.0] * example.num_title_ids
         of_titles += [False] * len(example.learnt) + [True] * example.num_title_ids
         start += len(example.ids)
-    row["logits_to_keep"] = torch.tensor(keep, dtype=torch.long).to(device)
-    row["labels"] = torch.tensor(labels, dtype=torch.long).to(device)
+    row["logits_to_keep"] = torch.tensor(keep, dtype=torch.long)
+    row["labels"] = torch.tensor(labels, dtype=torch.long)
     if any(example.learnt for example in examples):
-        row["weights"] = torch.tensor(weights).to(device)
-        row["of_titles"] = torch.tensor(of_titles).to(device)
-    return row
+        row["weights"] = torch.tensor(weights)
+        row["of_titles"] = torch.tensor(of_titles)
+    return packing.send(row, device)
 
 
 def pad_left(examples: list[Example], device: torch.device) -> dict:
@@ -132,4 +132,4 @@ def pad_left(examples: list[Example], device: torch.device) -> dict:
         labels[row, num_labels - titles :] = ids[len(ids) - titles :]
     batch = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions}
     batch |= {"labels": labels, "logits_to_keep": torch.arange(length - 1 - num_labels, length - 1)}
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    return packing.send(batch, device)

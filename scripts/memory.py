@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from batching import pack
+from batching import pack, pad_left
 from machine import free_memory
 from modeling import checkpoint_layers, decoder_linears, fuse_lora
 from packing import PACKED
@@ -34,14 +34,10 @@ MOMENTS = 8  # bytes of AdamW's two, in fp32, per weight that trains
 CPU_EXTRA = int(1.9 * 2**30)
 HOLES = 1.07  # times what is in use
 UNTUNED_HOLES = 1.6  # where glibc is not told what scripts/launch.sh tells it
-# On a GPU, more is kept between the passes than is counted; why is not known yet. Fitted to two
-# runs of Llama-2-7B's shape on an H200, QLoRA with every layer checkpointed and with none
-# (estimates_gpu.json); full fine-tuning, LoRA and several GPUs were not measured.
-GPU_EXTRA = 1.3  # times what is in use
 
 
 def plan_memory(
-    base, lora_config, args, device: torch.device, micro_batch: tuple[int, int], shards: int = 1
+    base, lora_config, args, device: torch.device, micro_batch: tuple, shards: int = 1, room=None
 ) -> dict:
     """Return which layers to checkpoint, and what training will take, for run_config.json.
 
@@ -50,8 +46,9 @@ def plan_memory(
         lora_config: of the run.
         args: of train.py.
         device: where the run is going to be.
-        micro_batch: tokens, and those that are learnt, of its largest micro-batch.
+        micro_batch: of `plan.largest_micro_batch`.
         shards: processes that the model is spread over; what is told is that of each.
+        room: bytes that there were for all of it; None: those that there are now.
 
     Returns:
         `shards`: as given.
@@ -64,12 +61,13 @@ def plan_memory(
     def peak(way: str, every: int) -> int | None:
         return expected_peak(base, lora_config, args, device, micro_batch, way, every, shards)
 
+    room = free_memory(device) if room is None else room
     way = "qlora" if args.base_weights == "nf4" else "lora"  # dequantized, it is as large as that
     asked = args.activation_checkpointing
     choices = (0, 4, 2, 1) if asked == "auto" else (int({"none": 0, "full": 1}.get(asked, asked)),)
     for every in choices:
         found = peak(way, every)
-        if found is not None and found < 0.9 * free_memory(device):
+        if found is not None and found < 0.9 * room:
             break
     estimate = {other: found if other == way else peak(other, every) for other in WAYS}
     record = {"device": device.type, "shards": shards, "checkpointed_every": every}
@@ -88,7 +86,8 @@ def expected_peak(
     for kind in dict.fromkeys((device.type, "cpu")):  # the shapes are the same on both
         model = copy.deepcopy(base)
         try:
-            model.set_attn_implementation(PACKED)
+            if len(micro_batch) == 2:
+                model.set_attn_implementation(PACKED)
             if way == "full":
                 model.float().requires_grad_(True)
             else:
@@ -108,7 +107,7 @@ def expected_peak(
         if device.type == "cpu":
             tuned = "tcache_count=0" in os.environ.get("GLIBC_TUNABLES", "")
             return int(CPU_EXTRA + fixed + (HOLES if tuned else UNTUNED_HOLES) * in_use)
-        return int(fixed + GPU_EXTRA * in_use)
+        return int(fixed + in_use)
     return None
 
 
@@ -138,24 +137,26 @@ def _per_shard(model, way: str, shards: int) -> float:
     return (size + (4 + MOMENTS) * trained) / shards + scales + together
 
 
-def _peak_in_use(model, args, kind: str, micro_batch: tuple[int, int], shards: int) -> int:
+def _peak_in_use(model, args, kind: str, micro_batch: tuple, shards: int) -> int:
     """Return the bytes beside the weights that live at a time, in a forward and backward pass.
 
     Without gradients, which are given away as soon as they exist, where there are `shards`.
     """
-    tokens, learnt = micro_batch
+    tokens, learnt, rows = micro_batch if len(micro_batch) == 3 else (*micro_batch, 1)
+    examples = [Example([0] * (tokens // rows), (tokens - learnt) // rows, False)] * rows
+    batch = (pack if len(micro_batch) == 2 else pad_left)(examples, torch.device("cpu"))
     with FakeTensorMode(allow_non_fake_inputs=True):  # those on meta, until they are moved
         model.to_empty(device=kind)
         for parameter in model.parameters() if shards > 1 else ():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-        batch = pack([Example([0] * tokens, tokens - learnt, False)], torch.device(kind))
+        batch = {k: v.to(kind) if torch.is_tensor(v) else v for k, v in batch.items()}
         if kind == "cpu":  # attention would ask for the borders' values
-            del batch["cu_seq_lens_q"]
+            batch.pop("cu_seq_lens_q", None)
         with _Count(model) as count:
             with torch.autocast(kind, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
-                labels = batch.pop("labels")
-                logits = model(**batch, use_cache=False).logits[0]  # as `title_loss` of train.py
+                labels = batch.pop("labels").flatten()  # as in `title_loss` of train.py
+                logits = model(**batch, use_cache=False).logits.flatten(0, -2)
                 loss = F.cross_entropy(logits.float(), labels, reduction="sum")
             loss.backward()
     return count.peak

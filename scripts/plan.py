@@ -43,11 +43,14 @@ def measure_lengths(prompt, articles) -> dict:
     return found | {"first_title_cut": first_title_cut, "exact": exact}
 
 
-def largest_micro_batch(lengths: dict, args, num_processes: int, updates: int) -> tuple[int, int]:
+def largest_micro_batch(
+    lengths: dict, args, num_processes: int, updates: int, padded: bool = False
+) -> tuple:
     """Return the tokens, and those among them that are learnt, of the run's largest micro-batch.
 
-    It is found by dealing out the rows of `measure_lengths` as training will. (Of a large file
-    they are a part, from which as many updates are made as there are rows for.)
+    Where rows are `padded`, both count their padding, and the number of rows comes after them. It
+    is found by dealing out the rows of `measure_lengths` as training will. (Of a large file they
+    are a part, from which as many updates are made as there are rows for.)
     """
     tokens, titles = lengths["row_tokens"], lengths["row_titles"]
     if args.prompt_loss_weight:
@@ -63,7 +66,11 @@ def largest_micro_batch(lengths: dict, args, num_processes: int, updates: int) -
         rows = order[update * update_size : (update + 1) * update_size].tolist()
         for mine in split_update([tokens[row] for row in rows], size, num_processes):
             mine = [rows[index] for index in mine]
-            found = sum(tokens[row] for row in mine), sum(titles[row] for row in mine)
+            if padded:
+                longest = max(tokens[row] for row in mine), max(titles[row] for row in mine)
+                found = (*(len(mine) * each for each in longest), len(mine))
+            else:
+                found = sum(tokens[row] for row in mine), sum(titles[row] for row in mine)
             largest = max(largest, found)
     return largest
 
@@ -103,7 +110,7 @@ def describe_plan(args, accelerator, adapted, prompt, checked, lengths, schedule
         "precision": ("bf16 autocast" if args.mixed_precision == "bf16" else "fp32")
         + f", adapter in fp32, on {device.type}",
         "optimizer": _describe_optimizer(accelerator),
-        "memory": _describe_memory(memory),
+        "memory": describe_memory(memory),
     }
     return "\n".join(f"{name:10} {text}" for name, text in lines.items())
 
@@ -118,7 +125,7 @@ def _describe_optimizer(accelerator) -> str:
     return f"PagedAdamW32bit, {'paged' if on_gpu else 'unpaged: there is no GPU to page from'}"
 
 
-def _describe_memory(memory: dict) -> str:
+def describe_memory(memory: dict) -> str:
     if memory["this_run"] is None:
         return "no peak to tell: this model does not go through without weights"
     every = memory["checkpointed_every"]

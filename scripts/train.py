@@ -21,7 +21,7 @@ from exit_codes import STOPPED, UserError, keep_group, note, printable, run
 from hub import check_hub, push
 from hygiene import Survey, report_rows, report_titles
 from libraries import quick_imports
-from machine import check_devices
+from machine import check_devices, free_memory
 from nodes import Nodes, process_group
 from prompting import PROMPTS, Prompt, load_tokenizer, read_template
 from run_folder import (
@@ -194,8 +194,15 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
             load_base,
             skeleton,
         )
-        from packing import use_packed_attention
-        from plan import PACE, describe_plan, describe_time, largest_micro_batch, measure_lengths
+        from packing import never_packed, use_packed_attention
+        from plan import (
+            PACE,
+            describe_memory,
+            describe_plan,
+            describe_time,
+            largest_micro_batch,
+            measure_lengths,
+        )
         from sharding import Whole, check_shardable, fsdp_plugin, shard, turn_on
 
     # ------------------------------------------------------------------ accelerator and seed
@@ -229,7 +236,8 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
     update_size *= accelerator.num_processes
     run_config = start_run(args, prompt, base_folder, checked, update_size)
     run_config["hygiene"] = {split: survey.counts for split, survey in surveys.items()}
-    checkpoint = find_checkpoint(args, run_config)
+    # What one process takes for whole, another may not see yet, on a disk of several nodes.
+    [checkpoint] = broadcast_object_list([find_checkpoint(args, run_config)])
 
     # ------------------------------------------------------------------ plan
     updates_per_epoch = math.ceil(len(train_articles) / update_size)  # the tail is an update too
@@ -252,11 +260,21 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
         target_modules=check_targets(base, args.target_modules),
     )
     adapted = adapted_skeleton(base, lora_config)
-    micro_batch = largest_micro_batch(lengths, args, accelerator.num_processes, num_training_steps)
-    shards = accelerator.num_processes if sharded else 1
-    memory = plan_memory(base, lora_config, args, accelerator.device, micro_batch, shards)
-    [memory] = broadcast_object_list([memory])  # others may have seen other free memory
-    run_config["memory"] = memory
+
+    device, processes = accelerator.device, accelerator.num_processes
+    shards, room = processes if sharded else 1, free_memory(device)
+
+    def expect(padded: bool) -> dict:
+        """Return what `plan_memory` says of this run, and keep it in its record."""
+        largest = largest_micro_batch(lengths, args, processes, num_training_steps, padded)
+        found = plan_memory(weightless, lora_config, args, device, largest, shards, room)
+        [found] = broadcast_object_list([found])  # others may have seen other free memory
+        if found["this_run"] is None and not padded:
+            return expect(padded=True)
+        run_config["memory"] = found
+        return found
+
+    memory = expect(padded=bool(never_packed(base.config, args.max_length)))
     plan = describe_plan(args, accelerator, adapted, prompt, checked, lengths, schedule, memory)
     print_once(plan, flush=True)
 
@@ -273,7 +291,6 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
     set_seed(args.seed)  # the same on every process, so that LoRA begins alike everywhere
     model = get_peft_model(base, lora_config)
     fuse_lora(model)
-    checkpoint_layers(base, memory["checkpointed_every"])
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     # ------------------------------------------------------------------ optimizer
@@ -292,13 +309,15 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
         model, optimizer = accelerator.prepare(model, adamw)
     unwrapped = accelerator.unwrap_model(model)
     with accelerator.autocast():
-        packs = use_packed_attention(unwrapped.eval(), args.max_length)
-    make_batch = pack if packs else pad_left
-    if make_batch is pad_left:
+        why_not = use_packed_attention(unwrapped.eval(), args.max_length)
+    make_batch = pack
+    if why_not:
+        make_batch, what = pad_left, f"this model takes no packed rows ({why_not})"
         if args.prompt_loss_weight:
-            what = "this model takes no packed rows"
             raise UserError("--prompt_loss_weight", what, "leave it out")
-        note("this model takes no packed rows; shorter articles of a micro-batch are padded")
+        memory = expect(padded=True)
+        note(f"{what}; shorter articles of a micro-batch are padded: {describe_memory(memory)}")
+    checkpoint_layers(base, memory["checkpointed_every"])
 
     def saved() -> tuple:
         """Return model and optimizer as checkpoints.py takes them; under FSDP, put together."""
@@ -306,7 +325,7 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
 
     if checkpoint is not None:
         # After prepare, which would copy paged states into ordinary GPU memory.
-        state = load_checkpoint(checkpoint, *saved())
+        [state] = broadcast_object_list([load_checkpoint(checkpoint, *saved())])
         if sharded:
             whole.scatter()
     unfinished = state["completed_steps"] < num_training_steps
@@ -401,7 +420,8 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
         if sharded:
             grad_norm = grad_norm.full_tensor()
         # Sums over the processes: all skip this update, or none; all stop after it, or none.
-        sums = accelerator.reduce(torch.stack([loss_sum, loss_sum.new_tensor(stop.asked())]))
+        asked = torch.full_like(loss_sum, stop.asked())  # no copy, which would wait for the GPU
+        sums = accelerator.reduce(torch.stack([loss_sum, asked]))
         # A GPU has yet to compute most of this when it has been asked for all: time to read on.
         next_examples = read_update(step + 1) if step + 1 < num_training_steps else None
         loss, num_asked = sums[0].item() / num_title_tokens, sums[1].item()

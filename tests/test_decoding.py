@@ -34,7 +34,7 @@ def loaded(request, tiny_model):
     free = Ends(frozenset({prompt.tokenizer.eos_token_id}), prompt.tokenizer.eos_token_id, b"")
     written = decoding.generate_ids(model, prompts, free, LIMIT)
     if request.param == "packed":
-        assert packing.use_packed_attention(model, 300)
+        assert packing.use_packed_attention(model, 300) is None
     # What this random model writes has neither EOS nor ends of lines; some of its tokens are now.
     ends = Ends(free.ids | {written[0][20], written[1][3]}, free.pad_id, kinds_of(written[2][30]))
     return model, prompts, ends, [ends.cut(ids) for ids in written]

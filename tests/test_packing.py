@@ -83,7 +83,7 @@ def test_loss_and_gradients_are_those_of_single_articles_and_of_padding(family, 
     model = make(MODELS[family])
     single = loss_and_gradients(model, [pad_left([example], CPU) for example in examples()])
     padded = loss_and_gradients(model, [pad_left(examples(), CPU)])
-    assert use_packed_attention(model, 64)
+    assert use_packed_attention(model, 64) is None
     assert model.config._attn_implementation == PACKED
     model.train(mode != "evaluation")
     if mode == "checkpointing":
@@ -102,15 +102,15 @@ def test_without_borders_it_is_ordinary_attention():
     options = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
     before = model.generate(ids, attention_mask=mask, **options)
     logits = model(ids, attention_mask=mask).logits
-    assert use_packed_attention(model, 64)
+    assert use_packed_attention(model, 64) is None
     assert torch.equal(model.generate(ids, attention_mask=mask, **options), before)
     assert torch.equal(model(ids, attention_mask=mask).logits, logits)
 
 
 def test_an_article_longer_than_the_models_window_is_no_silent_mistake():
     model = make(MistralConfig(**GROUPED, sliding_window=16))
-    assert not use_packed_attention(model, 17)
-    assert use_packed_attention(model, 16)
+    assert use_packed_attention(model, 17)
+    assert use_packed_attention(model, 16) is None
     with pytest.raises(ValueError, match="an article of 42 tokens is longer than the window of 16"):
         title_loss(model, pack(examples(), CPU))
 
@@ -127,7 +127,7 @@ def test_a_model_that_cannot_is_found_out_and_left_as_it_was(config):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     before = model.config._attn_implementation
-    assert not use_packed_attention(model, 64)
+    assert use_packed_attention(model, 64)
     assert model.config._attn_implementation == before
     assert loss_and_gradients(model, [pad_left(examples()[:1], CPU)])[0] > 0
 
@@ -141,7 +141,37 @@ def test_a_model_that_lets_articles_see_each_other_is_found_out(monkeypatch):
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(model, "forward", forgetful)
-    assert not use_packed_attention(model, 64)
+    assert use_packed_attention(model, 64) == "its articles see each other"
+
+
+def test_a_model_that_goes_on_counting_positions_is_found_out(monkeypatch):
+    """One with learned positions that loses those of the row on their way."""
+    model = make(MODELS["gpt2, learned positions"])
+    forward = model.forward
+
+    def forgetful(*args, position_ids=None, **kwargs):
+        if position_ids is not None:
+            position_ids = torch.arange(position_ids.shape[1])[None]
+        return forward(*args, position_ids=position_ids, **kwargs)
+
+    monkeypatch.setattr(model, "forward", forgetful)
+    assert "something else of articles in one row" in use_packed_attention(model, 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_that_go_by_the_number_of_rows_do_not_matter(monkeypatch, dtype):
+    """Those of bitsandbytes for few rows round more than others; in a deep model that adds up."""
+    model = make(MODELS["llama"]).to(dtype)
+    linear = torch.nn.functional.linear
+
+    def rough(x, weight, bias=None):
+        rows = x.numel() // x.shape[-1]
+        if 1 < rows < 16:
+            x = x.to(torch.float8_e4m3fn).to(x.dtype)
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", rough)
+    assert use_packed_attention(model, 64) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

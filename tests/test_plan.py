@@ -92,6 +92,12 @@ def test_the_largest_micro_batch_counts_what_is_learnt_of_articles():
     assert plan.largest_micro_batch(lengths, once, 1, 1) == (940, 40 + LEARNT + 30)
 
 
+def test_the_largest_padded_micro_batch_counts_its_padding():
+    lengths = {"row_tokens": array("I", [900, 40]), "row_titles": array("I", [10, 30])}
+    args = arguments(per_device_train_batch_size=2, gradient_accumulation_steps=1)
+    assert plan.largest_micro_batch(lengths, args, 1, 1, padded=True) == (1800, 60, 2)
+
+
 def test_the_time_to_come_goes_by_tokens():
     """100 tokens a second, 5,000 an epoch of 10 updates, 14 of 20 still to come: 7,000 tokens."""
     recent = [{"tokens": 150, "seconds": 1.0}, {"tokens": 50, "seconds": 1.0}]

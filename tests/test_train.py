@@ -192,6 +192,12 @@ def test_activation_checkpointing_changes_nothing(one_by_one, tiny_model, news, 
     more += ("--activation_checkpointing", "full")
     call(train.main, *train_args(tiny_model, news, tmp_path / "run", *EXACT, *more))
     assert difference(adapter(tmp_path / "run"), adapter(one_by_one)) < 1e-5
+    [one], [other] = (
+        [row for row in metrics(folder) if "eval_loss" in row]
+        for folder in (tmp_path / "run", one_by_one)
+    )
+    assert one["eval_loss"] == pytest.approx(other["eval_loss"], rel=1e-5)
+    assert one["eval_rougeL"] == other["eval_rougeL"]
 
 
 def test_a_base_dequantized_once_trains_the_same_bits(trained, tiny_model, news, tmp_path, capsys):
@@ -251,10 +257,11 @@ def test_checkpointing_has_no_other_values(when, capsys):
     assert f"--activation_checkpointing {when}: give auto, none, full or" in capsys.readouterr().err
 
 
-def test_an_accumulation_set_in_the_environment_changes_nothing(
+def test_what_is_set_in_the_environment_changes_nothing(
     one_by_one, tiny_model, news, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "7")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     more = ("--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "8")
     call(train.main, *train_args(tiny_model, news, tmp_path / "run", *EXACT, *more))
     assert difference(adapter(tmp_path / "run"), adapter(one_by_one)) == 0
@@ -397,7 +404,7 @@ def test_loss_and_gradients_equal_the_textbook_way(loaded, name):
     model.set_attn_implementation("sdpa")
     make_batch = getattr(batching, name)
     if name == "pack":
-        assert use_packed_attention(model, 300)
+        assert use_packed_attention(model, 300) is None
     rows = french_rows(5, seed=4)
     examples = [prompt.encode(row["text"], row["titles"]) for row in rows]
     assert len({len(example.ids) for example in examples}) > 2
@@ -424,7 +431,7 @@ def test_loss_on_articles_is_the_textbooks_with_weights(loaded):
 
     model, prompt = loaded
     model.set_attn_implementation("sdpa")
-    assert use_packed_attention(model, 300)
+    assert use_packed_attention(model, 300) is None
     rows = french_rows(5, seed=4)
     examples = [prompt.encode(row["text"], row["titles"]) for row in rows]
     assert 5 < min(len(e.article) for e in examples) <= max(len(e.article) for e in examples)
@@ -473,10 +480,26 @@ def test_loss_on_articles_does_not_depend_on_the_split_and_resumes(
 
 
 def test_loss_on_articles_needs_packed_rows(tiny_model, news, tmp_path, monkeypatch):
-    monkeypatch.setattr("packing.use_packed_attention", lambda *_: False)
+    monkeypatch.setattr("packing.use_packed_attention", lambda *_: "why")
     args = train_args(tiny_model, news, tmp_path / "run", "--prompt_loss_weight", "0.1")
     with pytest.raises(UserError, match="--prompt_loss_weight: this model takes no packed rows"):
         call(train.main, *args)
+
+
+def test_a_run_that_turns_out_to_be_padded_is_planned_again(
+    tiny_model, news, trained, tmp_path, monkeypatch, capsys
+):
+    """There was room for packed rows, and is none for padded ones, but with checkpointing."""
+    packed = json.loads((trained / "run_config.json").read_text())["memory"]
+    monkeypatch.setattr("packing.use_packed_attention", lambda *_: "why")
+    monkeypatch.setattr(train, "free_memory", lambda _: (packed["this_run"] + 1024) / 0.9)
+    call(train.main, *train_args(tiny_model, news, tmp_path / "run", "--max_train_steps", "1"))
+    memory = json.loads((tmp_path / "run/run_config.json").read_text())["memory"]
+    assert packed["checkpointed_every"] == 0 < memory["checkpointed_every"]
+    said = capsys.readouterr().out
+    assert "activation checkpointing off" in said
+    told = "this model takes no packed rows (why); shorter articles of a micro-batch are padded: "
+    assert f"NOTE: {told}about " in said
 
 
 @pytest.mark.parametrize("name", ["prompt_loss_weight", "cooldown_ratio"])
@@ -540,7 +563,7 @@ def test_logits_are_made_for_titles_only(loaded, name):
     model, prompt = loaded
     model.set_attn_implementation("sdpa")
     if name == "pack":
-        assert use_packed_attention(model, 300)
+        assert use_packed_attention(model, 300) is None
     examples = [prompt.encode(row["text"], row["titles"]) for row in french_rows(4, longest=200)]
     shapes = []
     head = model.get_base_model().lm_head
@@ -646,7 +669,10 @@ def test_only_lora_trains_and_the_optimizer_holds_exactly_that(
 
     monkeypatch.setattr(peft, "get_peft_model", get_peft_model)
     monkeypatch.setattr(bitsandbytes.optim, "PagedAdamW32bit", adamw)
-    call(train.main, *train_args(tiny_model, news, tmp_path / "run", "--max_train_steps", "1"))
+    more = ("--max_train_steps", "1", "--activation_checkpointing", "full")
+    call(train.main, *train_args(tiny_model, news, tmp_path / "run", *more))
+    [group] = seen["optimizer"].param_groups
+    assert group["weight_decay"] == 0  # bitsandbytes' default is not
     trainable = {id(p): n for n, p in seen["model"].named_parameters() if p.requires_grad}
     held = {id(p) for group in seen["optimizer"].param_groups for p in group["params"]}
     assert held == trainable.keys()
@@ -678,7 +704,7 @@ def test_generation_in_training_equals_that_of_the_saved_adapter(trained, tiny_m
         titles = dict(generate_titles(model, prompt, texts[:6:2]))
     rerun = trained.parent / "rerun"
     capsys.readouterr()
-    call(train.main, *train_args(tiny_model, news, rerun))
+    call(train.main, *train_args(tiny_model, news, rerun, "--activation_checkpointing", "full"))
     printed = re.findall(r"written: (.*)", capsys.readouterr().out)
     step = config["adapter_step"]
     shown = printed[:3] if step == 3 else printed[3:]

@@ -111,7 +111,7 @@ def train_all_weights(model: str, rows: str) -> None:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     prompt = Prompt(load_tokenizer(model), read_template(str(PROMPTS / "fr.txt")), False, 1024, 128)
     base = load_base(model, device, torch.float32, nf4=False).requires_grad_(True).train()
-    assert use_packed_attention(base, 1024)
+    assert use_packed_attention(base, 1024) is None
     optimizer = PagedAdamW32bit(base.parameters(), lr=1e-5)
     examples = [prompt.encode(r["text"], r["title"]) for r in iterate_articles(rows, Columns())]
     order = epoch_order(len(examples), 42, 0).tolist()
