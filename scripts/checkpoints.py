@@ -301,6 +301,8 @@ def save_adapter(model, state: dict, peak: int, output_dir: Path) -> None:
             # PEFT keeps the names in a set, whose order differs from one process to the next.
             config = json.loads((temporary / ADAPTER_CONFIG).read_text(encoding="utf-8"))
             config["target_modules"] = sorted(config["target_modules"])
+            # And takes where the base lay for its name, in the Hub's cache of this machine.
+            config["base_model_name_or_path"] = run_config["base_model"]
             write_json(temporary / ADAPTER_CONFIG, config)
             for path in temporary.iterdir():
                 flush(path)

@@ -264,7 +264,8 @@ def write_one(args) -> None:
         prompt = make_prompt(source, base_folder, settings)
         accelerator, model = load(source, base_folder, prompt, decoding, args.ddp_timeout)
         with accelerator.autocast():
-            [title] = generate_batch(model, prompt, [prompt.encode(text).ids], decoding)
+            ids = prompt.encode(text).ids
+            [(_, title)] = write_batch(model, prompt, {0: ids}, decoding, too_large={})
         if title.stopped_by == "length":
             note(f"cut after {decoding.max_new_tokens} tokens, see --max_new_tokens")
     if is_first_process():
@@ -276,7 +277,7 @@ def infer(args, columns, source, base_folder, prompt, decoding, record, stop, no
     """Write the titles that the checked arguments ask for; return STOPPED if `stop` was asked."""
     accelerator, model = load(source, base_folder, prompt, decoding, args.ddp_timeout)
     import torch
-    from accelerate.utils import tqdm
+    from accelerate.utils import broadcast_object_list, tqdm
 
     from decoding import choose_max_batch_tokens
 
@@ -291,7 +292,8 @@ def infer(args, columns, source, base_folder, prompt, decoding, record, stop, no
         chosen = parts.max_batch_tokens or choose_max_batch_tokens(model, decoding.num_beams)
         chosen = torch.tensor([chosen], device=accelerator.device)
         record["max_batch_tokens"] = accelerator.gather(chosen).min().item()
-    accelerator.wait_for_everyone()  # all have read the parts before one of them grows
+    # Which are done, as the first process sees it: all must deal out the same.
+    [done] = broadcast_object_list([bytes(map(parts.is_done, range(len(articles))))])
     if parts.num_done:
         note(f"going on after {parts.num_done:,} titles of an earlier run")
     stop.listen()
@@ -311,6 +313,7 @@ def infer(args, columns, source, base_folder, prompt, decoding, record, stop, no
     )
     stopping = False  # which it is not where all titles are there: then little is left to do
     too_large = {}  # what did not fit into memory
+    turn = 0
     with open(part_file(output_file, rank), "ab", buffering=0) as part:
         if part.tell() == 0:
             write_line(part, record)
@@ -318,18 +321,19 @@ def infer(args, columns, source, base_folder, prompt, decoding, record, stop, no
         # however many processes there are: the rounding of a title depends on its batch.
         for start in range(0, len(articles), WINDOW):
             window = range(start, min(start + WINDOW, len(articles)))
-            if all(map(parts.is_done, window)):
+            if all(done[start : window.stop]):
                 continue
             chunk = articles[list(window)]
             prompts = [example.ids for example in prompt.encode_all(chunk["text"])]
             batches = make_batches(prompts, decoding.room, record["max_batch_tokens"])
             if args.engine == "continuous":  # all that is missing is one batch, of every process
-                left = [row for batch in batches for row in batch if not parts.is_done(start + row)]
+                left = [row for batch in batches for row in batch if not done[start + row]]
                 batches = [left[n::world_size] for n in range(world_size)]
-            for number, batch in enumerate(batches):
-                missing = {row for row in batch if not parts.is_done(start + row)}
-                # In turn, for the first batches are the longest, and the end waits for everyone.
-                if (number + start // WINDOW) % world_size != rank or not missing:
+            for batch in batches:
+                missing = {row for row in batch if not done[start + row]}
+                # In turn, for the first batches are the longest.
+                turn += bool(missing)
+                if not missing or turn % world_size != rank:
                     if accelerator.is_main_process:
                         progress_bar.update(len(missing))  # the others are about as far
                     continue
@@ -353,6 +357,7 @@ def infer(args, columns, source, base_folder, prompt, decoding, record, stop, no
             if stopping:
                 break
     progress_bar.close()
+    nodes.wait_for_all(stop.asked)  # as long as it takes: some have slower GPUs, or more to write
     if accelerator.reduce(torch.tensor(float(stopping), device=accelerator.device)).item():
         if accelerator.is_main_process:
             done = Parts(output_file, record, len(articles)).num_done
@@ -547,7 +552,8 @@ def load(source: dict, base_folder: Path, prompt, decoding: Decoding, timeout: f
         if source["weights"] == "nf4-bf16" or roomy:
             dequantize_base(model)
             dequantized = f"4-bit weights dequantized once, to {size / 2**30:.1f} GiB: faster"
-    use_packed_attention(model, longest)
+    if why_not := use_packed_attention(model, longest):
+        note(f"this model takes no packed rows ({why_not}); shorter prompts of a batch are padded")
     if decoding.num_samples > 1 and not can_share_prompts(model):  # copies would take the memory
         what = "titles of this model cannot share what it has read"
         raise UserError("--num_samples", what, "leave it out")
@@ -579,6 +585,9 @@ def make_prompt(source: dict, base_folder: Path, settings: dict) -> Prompt:
 
 def decoding_of(args, settings: dict) -> Decoding:
     limit = args.max_new_tokens or settings["max_title_tokens"]
+    if args.min_new_tokens and args.min_new_tokens > limit:
+        problem = f"above the {limit:,} tokens that a title may have"
+        raise UserError(f"--min_new_tokens {args.min_new_tokens}", problem, "give less")
     names = ("num_beams", "min_new_tokens", "length_penalty", "no_repeat_ngram_size")
     chosen = {name: getattr(args, name) for name in (*names, "num_samples", "temperature")}
     return Decoding(limit, **{name: value for name, value in chosen.items() if value is not None})

@@ -424,7 +424,11 @@ def lora_arguments(adapter_dir: str) -> dict:
         raise ValueError(f"peft_type is {found!r}, not 'LORA'")
     chosen = {"task_type", "r", "lora_alpha", "lora_dropout", "target_modules"}
     chosen |= {"use_rslora", "rank_pattern", "alpha_pattern"}
-    # How the matrices began does not matter, for they are loaded; nor where the base lay.
+    # How the matrices began does not matter, for they are loaded, unless the base became another by
+    # it (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA); nor where the base lay.
+    began = recorded.get("init_lora_weights", True)
+    if type(began) is not bool and began not in ("gaussian", "orthogonal", "eva"):
+        raise ValueError(f"init_lora_weights is {began!r}, which is not supported here")
     past = {"init_lora_weights", "inference_mode", "base_model_name_or_path", "revision"}
     past |= {"peft_version"}
     default = json.loads(json.dumps(LoraConfig().to_dict(), default=list))

@@ -70,6 +70,21 @@ class Nodes:
         """
         self.save = save
 
+    def wait_for_all(self, stop_asked: Callable[[], bool]) -> None:
+        """Wait until all processes have come to this, for which they may take any time.
+
+        An operation between them would fail after the timeout. Once `stop_asked()` is true, as when
+        another process has failed, or a node is lost, of which the first process knows, the next
+        operation is to say so.
+        """
+        if self.size == 1:
+            return
+        store, keys = self._store(), [f"{PREFIX}here{rank}" for rank in range(self.size)]
+        store.set(keys[self.rank], "")
+        knows = self.several and self.rank == 0
+        while not (store.check(keys) or stop_asked() or (knows and self.gone())):
+            time.sleep(self.period / 5)
+
     def gone(self) -> list[str]:
         """Return the names of the nodes from which nothing was heard lately, on the first process.
 
@@ -151,10 +166,16 @@ class Nodes:
 
 
 def process_group(timeout: float) -> list:
-    """Return what `Accelerator` takes as `kwargs_handlers` for this timeout in seconds."""
-    from accelerate.utils import InitProcessGroupKwargs
+    """Return what `Accelerator` takes as `kwargs_handlers` for this timeout in seconds.
 
-    return [InitProcessGroupKwargs(timeout=timedelta(seconds=min(timeout, 1e9)))]
+    Gradients are kept where DDP exchanges them, not a second time; no buffer ever changes.
+    """
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+    return [
+        InitProcessGroupKwargs(timeout=timedelta(seconds=min(timeout, 1e9))),
+        DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+    ]
 
 
 def _of_collective(error) -> bool:

@@ -471,9 +471,10 @@ def resolve_model_folder(name: str) -> Path:
         return Path(name)
     from huggingface_hub import constants, snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "tokenizer*", "*.jinja"]
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    others = ["*/*", "consolidated*"]  # the same weights in another format
     try:
-        folder = snapshot_download(name, allow_patterns=patterns)
+        folder = snapshot_download(name, allow_patterns=patterns, ignore_patterns=others)
     except Exception as error:  # gated, unknown, no network: the Hub client says which
         if constants.HF_HUB_OFFLINE:  # it has looked no further than its cache
             raise UserError(

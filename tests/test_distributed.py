@@ -6,6 +6,7 @@ runs for several. (Through that itself, and on two nodes: tests/test_nodes.py.)
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -38,10 +39,15 @@ def run_on(processes: int, script: str, *argv) -> str:
 
 @pytest.fixture(scope="module")
 def runs(tiny_model, rows_17, tmp_path_factory):
-    """The same training by one process and by two, and what was printed."""
+    """The same training by one process and by two, and what was printed.
+
+    The rate rises and falls, and the two compute their layers again in the backward pass.
+    """
     folder, printed = tmp_path_factory.mktemp("processes"), {}
-    for processes, batch in ((1, 4), (2, 2)):
+    for processes, batch, layers in ((1, 4, "none"), (2, 2, "full")):
         more = (*EXACT, "--per_device_train_batch_size", batch, "--gradient_accumulation_steps", 2)
+        more += ("--warmup_ratio", 0.5, "--cooldown_ratio", 0.3)
+        more += ("--activation_checkpointing", layers)
         output_dir = folder / str(processes)
         printed[processes] = run_on(
             processes, "train.py", *train_args(tiny_model, rows_17, output_dir, *more)
@@ -53,6 +59,7 @@ def test_two_processes_train_the_same_adapter(runs):
     folder, printed = runs
     assert "2 per device x 2 accumulated x 2 processes" in printed[2]
     assert [row["articles"] for row in updates(folder / "2")] == [8, 8, 1]
+    assert [row["learning_rate"] for row in updates(folder / "2")] == [0.005, 0.01, 0.005]
     for one, two in zip(updates(folder / "1"), updates(folder / "2"), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
@@ -238,6 +245,71 @@ def test_titles_go_on_after_a_lost_node_with_the_same_bytes(runs, rows_17, tmp_p
     # Whoever is lost within its first seconds has not yet said its name.
     assert told.startswith(("error: node2: ", "error: process 1: "))
     check_that_one_process_goes_on(tmp_path, args, common)
+
+
+SLOW = """
+import os, sys, time
+sys.argv[0] = "infer.py"
+import exit_codes, infer
+original = infer.generate_batch
+
+def generate_batch(*args):
+    if os.environ["RANK"] == "1":
+        time.sleep(7)
+    return original(*args)
+
+infer.generate_batch = generate_batch
+exit_codes.run(infer.main)
+"""
+
+
+def test_who_is_done_waits_for_the_slower_one_beyond_the_timeout(runs, rows_17, tmp_path):
+    probe = tmp_path / "probe.py"
+    probe.write_text(SLOW)
+    common = ("--run_dir", runs[0] / "2", "--input_file", rows_17 / "validation.csv")
+    common += ("--max_batch_tokens", 400)
+    args = (*common, "--output_file", tmp_path / "out.csv", "--ddp_timeout", 10)
+    path = f"{SCRIPTS}:{os.environ['PYTHONPATH']}"
+    processes = start_two(str(probe), *args, PYTHONPATH=path)
+    printed = [process.communicate(timeout=240) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], printed
+    call(infer.main, *common, "--output_file", tmp_path / "whole.csv")
+    assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
+SHORT_SIGHTED = """
+import os, sys
+sys.argv[0] = "train.py"
+import checkpoints, exit_codes, train
+original = checkpoints.find_checkpoint
+
+def find_checkpoint(*args):
+    found = original(*args)
+    return found.with_name("step-000001") if os.environ["RANK"] == "1" else found
+
+checkpoints.find_checkpoint = find_checkpoint
+exit_codes.run(train.main)
+"""
+
+
+def test_all_go_on_from_the_checkpoint_that_the_first_process_finds(tiny_model, rows_17, tmp_path):
+    """On a disk of several nodes, another may not see it yet."""
+    probe, run_dir = tmp_path / "probe.py", tmp_path / "run"
+    probe.write_text(SHORT_SIGHTED)
+    more = (*EXACT, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2)
+    more += ("--checkpointing_steps", 1, "--save_total_limit", 9)
+    args = train_args(tiny_model, rows_17, run_dir, *more)
+    run_on(2, "train.py", *args)
+    whole = (run_dir / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(run_dir / "checkpoints/step-000003")
+    latest = ("--resume_from_checkpoint", "latest")
+    path = f"{SCRIPTS}:{os.environ['PYTHONPATH']}"
+    processes = start_two(str(probe), *args, *latest, PYTHONPATH=path)
+    printed = [process.communicate(timeout=240) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], printed
+    assert "resuming from" in printed[0][0]
+    assert (run_dir / "checkpoints/step-000003").exists()
+    assert (run_dir / "adapter_model.safetensors").read_bytes() == whole
 
 
 def test_a_complaint_of_the_first_process_ends_all(tiny_model, rows_17, tmp_path):

@@ -287,7 +287,7 @@ def test_drawn_titles_have_room_in_a_batch():
 
 
 def test_drawing_needs_prompts_that_can_be_shared(trained, news, tmp_path, monkeypatch):
-    monkeypatch.setattr("packing.use_packed_attention", lambda *_: False)
+    monkeypatch.setattr("packing.use_packed_attention", lambda *_: "why")
     args = args_for(news, tmp_path / "out.csv", "--num_samples", "2")
     with pytest.raises(UserError, match="--num_samples: titles of this model cannot share what"):
         call(infer.main, "--run_dir", trained, *args)
@@ -408,6 +408,19 @@ def test_another_prompt_is_used_and_noted(predicted, trained, news, tmp_path, ca
     record, _ = details(tmp_path / "en.jsonl")
     assert record["prompt"]["template"].startswith("Here is a news article")
     assert read_csv(tmp_path / "en.csv") != read_csv(predicted / "adapter.csv")
+
+
+def test_more_tokens_at_least_than_the_run_has_at_most_are_refused(trained, news, tmp_path):
+    with pytest.raises(UserError, match="--min_new_tokens 25: above the 24 tokens that a title"):
+        call(
+            infer.main,
+            "--run_dir",
+            trained,
+            *args_for(news, tmp_path / "o.csv"),
+            "--min_new_tokens",
+            25,
+        )
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_tokenizer_is_refused(trained, news, tmp_path):

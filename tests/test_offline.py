@@ -90,6 +90,8 @@ def test_what_a_login_node_fetched_trains_and_infers_without_a_network(hub, news
     settings |= {"SETUP": 0, "HF_HUB_OFFLINE": 1}
     launcher = ("bash", "run_train.sh", *options[options.index("--lora_r") :])
     call(*NO_NETWORK, *launcher, **settings)
+    config = json.loads((run_dir / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "owner/tiny"  # not where it lies here
     infer = ("scripts/infer.py", "--run_dir", run_dir, "--input_file", news / "test.csv")
     infer += ("--output_file", tmp_path / "titles.csv", "--max_new_tokens", 4)
     call(*NO_NETWORK, sys.executable, *infer, HF_HUB_OFFLINE=1)

@@ -110,6 +110,22 @@ def test_complaints_about_a_model_folder(tmp_path, small_model):
         assert complaint.endswith("); copy or download it again")
 
 
+def test_what_a_model_needs_is_fetched_and_nothing_twice(small_model, monkeypatch):
+    from huggingface_hub.utils import filter_repo_objects
+
+    needed = ["config.json", "model-00001-of-00002.safetensors", "tokenizer.model", "merges.txt"]
+    needed += ["spiece.model", "vocab.txt", "chat_template.jinja"]
+    others = ["pytorch_model.bin", "consolidated.safetensors", "original/model.safetensors"]
+    others += ["onnx/config.json", "modeling_own.py", "model.gguf"]
+
+    def snapshot_download(name, **patterns):
+        assert list(filter_repo_objects([*needed, *others], **patterns)) == needed
+        return str(small_model)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert resolve_model_folder("owner/model") == small_model
+
+
 def test_a_model_that_the_hub_does_not_give_is_refused(small_model, monkeypatch):
     assert resolve_model_folder(str(small_model)) == small_model
     assert refusal(resolve_model_folder, "owner/no-such-model") == (
