@@ -32,7 +32,7 @@ export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-0}"  # 1 on nodes without a network
 
 refuse() { echo "error: $1" >&2; exit 2; }
 if [ "$MODEL" = "$DEMO/model" ]; then  # lengths as in its training, for the base too
-  [ -z "$INPUT_FILE$REFERENCES" ] || refuse "MODEL: not set, and the demo has its own files; set it"
+  [ -z "$INPUT_FILE$REFERENCES" ] || refuse "MODEL: the demo's, which has its own files; set yours"
   INPUT_FILE="$DEMO/test.csv" REFERENCES="$DEMO/test_titles.csv"
   RUN_DIR="${RUN_DIR:-runs/demo}" OUTPUT_DIR="${OUTPUT_DIR:-predictions/demo}"
   set -- --max_length 256 --max_new_tokens 48 "$@"

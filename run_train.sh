@@ -32,7 +32,7 @@ export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-0}"  # 1 on nodes without a network
 refuse() { echo "error: $1" >&2; exit 2; }
 if [ "$MODEL" = "$DEMO/model" ]; then  # a small model learns faster; CPUs are slow to draw dropout
   [ -z "$TRAIN_FILE$VALIDATION_FILE" ] ||
-    refuse "MODEL: not set, and the demo has its own files; set it"
+    refuse "MODEL: the demo's, which has its own files; set yours"
   TRAIN_FILE="$DEMO/train.csv" VALIDATION_FILE="$DEMO/validation.csv"
   RUN_DIR="${RUN_DIR:-runs/demo}"
   set -- --learning_rate 2e-3 --per_device_train_batch_size 16 --gradient_accumulation_steps 1 \

@@ -50,24 +50,25 @@ def first_state() -> dict:
     }
 
 
-def on_main_process(accelerator, write, *arguments) -> None:
-    """Call `write(*arguments)` on the main process while all wait.
+def on_main_process(accelerator, do, *arguments):
+    """Return what `do(*arguments)` returns on the main process, while all wait.
 
     Raises:
         UserError: that of the main process, on all.
     """
     from accelerate.utils import broadcast_object_list
 
-    parts = [None]
+    answer = [None, None]
     if accelerator.is_main_process:
         try:
-            write(*arguments)
+            answer[0] = do(*arguments)
         except UserError as error:
-            parts = [error.parts]
-    broadcast_object_list(parts)
-    if parts[0] is not None:
+            answer[1] = error.parts
+    result, complaint = broadcast_object_list(answer)
+    if complaint is not None:
         accelerator.wait_for_everyone()  # as at the end of train.py, for this is one too
-        raise UserError(*parts[0])
+        raise UserError(*complaint)
+    return result
 
 
 def save_checkpoint(output_dir: Path, model, optimizer, state: dict) -> None:

@@ -277,25 +277,31 @@ def infer(args, columns, source, base_folder, prompt, decoding, record, stop, no
     """Write the titles that the checked arguments ask for; return STOPPED if `stop` was asked."""
     accelerator, model = load(source, base_folder, prompt, decoding, args.ddp_timeout)
     import torch
-    from accelerate.utils import broadcast_object_list, tqdm
+    from accelerate.utils import tqdm
 
+    from checkpoints import on_main_process
     from decoding import choose_max_batch_tokens
 
     # ------------------------------------------------------------------ write titles
     articles, output_file = open_articles(args.input_file, columns, "test"), Path(args.output_file)
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    with accelerator.main_process_first():  # which cuts off a torn last line
-        parts = Parts(output_file, record, len(articles))
+
+    def read_parts() -> tuple[bytes, int | None]:
+        """Return which articles are done, 0 or 1 for each, and the tokens of a batch so far."""
+        parts = Parts(output_file, record, len(articles))  # which cuts off a torn last line
+        return bytes(map(parts.is_done, range(len(articles)))), parts.max_batch_tokens
+
+    # On one process: all must deal out the same, and parts may grow once they are read.
+    done, chosen = on_main_process(accelerator, read_parts)
+    num_done = sum(done)
     if record["max_batch_tokens"] is None:
         # Batches decide on roundings: an earlier start has chosen for all that come after it, and
         # the process with the least memory for all others.
-        chosen = parts.max_batch_tokens or choose_max_batch_tokens(model, decoding.num_beams)
+        chosen = chosen or choose_max_batch_tokens(model, decoding.num_beams)
         chosen = torch.tensor([chosen], device=accelerator.device)
         record["max_batch_tokens"] = accelerator.gather(chosen).min().item()
-    # Which are done, as the first process sees it: all must deal out the same.
-    [done] = broadcast_object_list([bytes(map(parts.is_done, range(len(articles))))])
-    if parts.num_done:
-        note(f"going on after {parts.num_done:,} titles of an earlier run")
+    if num_done:
+        note(f"going on after {num_done:,} titles of an earlier run")
     stop.listen()
 
     # Lines are written as they come: should a node be lost, those of the others are not.
@@ -306,7 +312,7 @@ def infer(args, columns, source, base_folder, prompt, decoding, record, stop, no
     nodes.on_loss(lambda: "after the titles that are there" if num_bytes() > before else None)
     progress_bar = tqdm(
         total=len(articles),
-        initial=parts.num_done,
+        initial=num_done,
         unit=" articles",
         bar_format=BAR,
         disable=not accelerator.is_main_process,
@@ -349,7 +355,7 @@ def infer(args, columns, source, base_folder, prompt, decoding, record, stop, no
                     for row, title in titles:
                         if row in missing:
                             line = {"index": start + row, "id": chunk["id"][row]} | asdict(title)
-                            write_line(part, line, len(articles) - parts.num_done)
+                            write_line(part, line, len(articles) - num_done)
                             progress_bar.update(accelerator.is_main_process)
                 if stop.asked():  # after a batch, so that every start gets on
                     break
@@ -360,8 +366,10 @@ def infer(args, columns, source, base_folder, prompt, decoding, record, stop, no
     nodes.wait_for_all(stop.asked)  # as long as it takes: some have slower GPUs, or more to write
     if accelerator.reduce(torch.tensor(float(stopping), device=accelerator.device)).item():
         if accelerator.is_main_process:
-            done = Parts(output_file, record, len(articles)).num_done
-            print(f"stopped after {done:,} of {len(articles):,} titles; the same command goes on")
+            written = Parts(output_file, record, len(articles)).num_done
+            print(
+                f"stopped after {written:,} of {len(articles):,} titles; the same command goes on"
+            )
         accelerator.wait_for_everyone()  # torchrun ends the others once one has ended with 75
         accelerator.end_training()
         return STOPPED

@@ -42,7 +42,7 @@ trap 'rm -f "$EXIT_CODE_FILE" "$STOP_FILE"' EXIT
 ask() {
   if [ -z "$asked" ]; then
     asked="$1" asked_at=$SECONDS
-    : > "$STOP_FILE"
+    : > "$STOP_FILE" || echo "$STOP_FILE cannot be made; a second signal ends all at once" >&2
     [ "$end" = TERM ] || return 0
   elif [ $((SECONDS - asked_at)) -lt 2 ]; then
     return 0
@@ -58,6 +58,7 @@ start() {  # start SIGNAL COMMAND...: SIGNAL ends it; sets `code`
   "${@:2}" < /dev/null &
   job=$!
   set +m
+  [ -z "$asked" ] || [ "$end" != TERM ] || kill -TERM -- "-$job" 2> /dev/null || true  # just now
   while kill -0 "$job" 2> /dev/null; do
     wait "$job" 2> /dev/null || true  # a trapped signal ends `wait` too
   done

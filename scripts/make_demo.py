@@ -13,6 +13,8 @@ import itertools
 import json
 import random
 import re
+import signal
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -287,7 +289,9 @@ def main(argv=None):
         print(f"{output_dir}: the demo is there already")
         return
 
-    # Everything is made beside the folder and renamed at the end: what is there is complete.
+    # Everything is made beside the folder and renamed at the end: what is there is complete. Nor is
+    # anything left by SIGTERM, with which a launcher ends this.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
         prefix=f"{output_dir.name}.partial-", dir=output_dir.parent

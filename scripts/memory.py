@@ -154,6 +154,12 @@ def _peak_in_use(model, args, kind: str, micro_batch: tuple, shards: int) -> int
         if kind == "cpu":  # attention would ask for the borders' values
             batch.pop("cu_seq_lens_q", None)
         with _Count(model) as count:
+            if (
+                args.gradient_accumulation_steps > 1 and shards == 1
+            ):  # those of micro-batches before
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        parameter.grad = torch.empty_like(parameter)
             with torch.autocast(kind, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
                 labels = batch.pop("labels").flatten()  # as in `title_loss` of train.py
                 logits = model(**batch, use_cache=False).logits.flatten(0, -2)

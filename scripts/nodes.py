@@ -81,8 +81,16 @@ class Nodes:
             return
         store, keys = self._store(), [f"{PREFIX}here{rank}" for rank in range(self.size)]
         store.set(keys[self.rank], "")
-        knows = self.several and self.rank == 0
-        while not (store.check(keys) or stop_asked() or (knows and self.gone())):
+        start, silent = time.monotonic(), 0
+        while not store.check(keys) and not stop_asked():
+            if start is not None and time.monotonic() - start > 10:
+                note("this process is done, and waits for others that are not")
+                start = None
+            # Only the first process hears of the nodes, and not while its own thread is held up.
+            heard = self.several and not self.rank and time.monotonic() - self.answered < 10
+            silent = silent + 1 if heard and self.gone() else 0
+            if silent == 3:
+                break
             time.sleep(self.period / 5)
 
     def gone(self) -> list[str]:
@@ -168,7 +176,8 @@ class Nodes:
 def process_group(timeout: float) -> list:
     """Return what `Accelerator` takes as `kwargs_handlers` for this timeout in seconds.
 
-    Gradients are kept where DDP exchanges them, not a second time; no buffer ever changes.
+    Gradients are kept where DDP exchanges them, not a second time, unless they are set to None. No
+    buffer has to agree.
     """
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 

@@ -225,6 +225,8 @@ def use_packed_attention(model, longest: int) -> str | None:
             why = f"it says something else of articles in one row, by {far:.0%}"
         elif model.config._attn_implementation == PACKED:
             return None
+    except torch.OutOfMemoryError:
+        raise
     except (ValueError, TypeError, RuntimeError, IndexError) as error:  # not made for it
         why = " ".join(str(error).split())[:80] or type(error).__name__
     model.set_attn_implementation(before)

@@ -66,6 +66,8 @@ def largest_micro_batch(
         rows = order[update * update_size : (update + 1) * update_size].tolist()
         for mine in split_update([tokens[row] for row in rows], size, num_processes):
             mine = [rows[index] for index in mine]
+            if not mine:  # it gets the shortest article, without loss
+                continue
             if padded:
                 longest = max(tokens[row] for row in mine), max(titles[row] for row in mine)
                 found = (*(len(mine) * each for each in longest), len(mine))
@@ -132,9 +134,10 @@ def describe_memory(memory: dict) -> str:
     layers = {0: "off", 1: "of every layer"}.get(every, f"of every {every} layers")
     each = f" of each of {memory['shards']:,} processes" if memory["shards"] > 1 else ""
     ways = (f"{WAYS[way]} {_gib(peak)}" for way, peak in memory["estimate"].items())
+    padded = " with padding" if memory.get("padded") else ""
     return (
-        f"about {_gib(memory['this_run'])} expected at the peak{each}, activation checkpointing "
-        f"{layers} ({', '.join(ways)})"
+        f"about {_gib(memory['this_run'])} expected at the peak{each}{padded}, activation "
+        f"checkpointing {layers} ({', '.join(ways)})"
     )
 
 

@@ -139,7 +139,7 @@ def shard(accelerator, model, optimizer, folder):
     `generate` calls what is inside, which has to be what puts weights together.
 
     Args:
-        model: PEFT's, in main memory, checkpointed as it should be.
+        model: PEFT's, in main memory.
         optimizer: over its trainable parameters.
         folder: as in `check_dtypes`.
     """

@@ -165,7 +165,7 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
     with quick_imports():
         import torch
         from accelerate import Accelerator
-        from accelerate.utils import broadcast_object_list, set_seed, tqdm
+        from accelerate.utils import broadcast_object_list, gather_object, set_seed, tqdm
         from bitsandbytes.optim import PagedAdamW32bit
         from peft import LoraConfig, get_peft_model
         from torch.optim import AdamW
@@ -237,7 +237,7 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
     run_config = start_run(args, prompt, base_folder, checked, update_size)
     run_config["hygiene"] = {split: survey.counts for split, survey in surveys.items()}
     # What one process takes for whole, another may not see yet, on a disk of several nodes.
-    [checkpoint] = broadcast_object_list([find_checkpoint(args, run_config)])
+    checkpoint = on_main_process(accelerator, find_checkpoint, args, run_config)
 
     # ------------------------------------------------------------------ plan
     updates_per_epoch = math.ceil(len(train_articles) / update_size)  # the tail is an update too
@@ -271,10 +271,14 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
         [found] = broadcast_object_list([found])  # others may have seen other free memory
         if found["this_run"] is None and not padded:
             return expect(padded=True)
-        run_config["memory"] = found
-        return found
+        run_config["memory"] = found | {"padded": padded}
+        return run_config["memory"]
 
-    memory = expect(padded=bool(never_packed(base.config, args.max_length)))
+    unpacked = never_packed(base.config, args.max_length)
+    if unpacked and args.prompt_loss_weight:
+        what = f"this model takes no packed rows ({unpacked})"
+        raise UserError("--prompt_loss_weight", what, "leave it out")
+    memory = expect(padded=bool(unpacked))
     plan = describe_plan(args, accelerator, adapted, prompt, checked, lengths, schedule, memory)
     print_once(plan, flush=True)
 
@@ -308,15 +312,21 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
     else:
         model, optimizer = accelerator.prepare(model, adamw)
     unwrapped = accelerator.unwrap_model(model)
+    attention = unwrapped.config._attn_implementation
     with accelerator.autocast():
         why_not = use_packed_attention(unwrapped.eval(), args.max_length)
-    make_batch = pack
+    # All, or none: another GPU may have other kernels.
+    why_not, make_batch = next(filter(None, gather_object([why_not])), None), pack
     if why_not:
+        unwrapped.set_attn_implementation(attention)
         make_batch, what = pad_left, f"this model takes no packed rows ({why_not})"
         if args.prompt_loss_weight:
             raise UserError("--prompt_loss_weight", what, "leave it out")
-        memory = expect(padded=True)
-        note(f"{what}; shorter articles of a micro-batch are padded: {describe_memory(memory)}")
+        what += "; shorter articles of a micro-batch are padded"
+        if not memory["padded"]:
+            memory = expect(padded=True)
+            what += f": {describe_memory(memory)}"
+        note(what)
     checkpoint_layers(base, memory["checkpointed_every"])
 
     def saved() -> tuple:
@@ -427,7 +437,8 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
         loss, num_asked = sums[0].item() / num_title_tokens, sums[1].item()
         if finite := math.isfinite(loss) and bool(grad_norm.isfinite()):
             optimizer.step()
-        optimizer.zero_grad()
+        # Where gradients are exchanged they are kept in place (see `process_group`), else freed.
+        optimizer.zero_grad(set_to_none=sharded or accelerator.num_processes == 1)
         # --------------------------------------------------------------
 
         metrics = {

@@ -647,7 +647,7 @@ def launcher(script, line, needs="nothing", files=None, **env):
     return Case(script, line, (), files or {}, real | env, needs)
 
 
-NO_MODEL = "not set, and the demo has its own files; set it"
+NO_MODEL = "the demo's, which has its own files; set yours"
 # With SETUP=1 and no environment active, the next step would make one: that nothing is written
 # shows that the answer came before.
 MACHINES = {

@@ -6,11 +6,13 @@ import os
 import re
 import subprocess
 import sys
+import time
 import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import SCRIPTS
 
 import make_demo
 from articles import Columns, check_articles, iterate_articles
@@ -195,6 +197,17 @@ def test_a_complete_demo_is_left_alone(demo):
     assert again.returncode == 0
     assert "already" in again.stdout
     assert (demo / "train.csv").stat().st_mtime_ns == before
+
+
+def test_a_launcher_that_ends_it_leaves_nothing(tmp_path):
+    command = [sys.executable, str(SCRIPTS / "make_demo.py"), "--output_dir", "demo"]
+    process = subprocess.Popen([*command, "--train_rows", "1000000"], cwd=tmp_path)
+    while not list(tmp_path.iterdir()):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait(timeout=60) == 143
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("content", ["other options", "partial", "a stranger's", "a file"])

@@ -26,6 +26,7 @@ def lora(base, dropout=0.0, r=16):
 
 def arguments(**changes):
     values = {"base_weights": "nf4", "mixed_precision": "bf16", "activation_checkpointing": "auto"}
+    values["gradient_accumulation_steps"] = 1
     return argparse.Namespace(**values | changes)
 
 
@@ -116,6 +117,40 @@ def test_what_is_expected_of_padded_rows_is_what_they_take(every, soft_caps):
     assert found - fixed == pytest.approx(count.peak, rel=0.05)
     packed = expected(base, "lora", every)
     assert packed is None if soft_caps else packed < found
+
+
+@pytest.mark.parametrize("way", ["full", "qlora"])
+def test_gradients_of_micro_batches_before_are_counted(folder, base, way):
+    """Of a second micro-batch, with those of the first in place."""
+    from peft import get_peft_model
+
+    model = load_base(
+        str(folder), CPU, torch.float32 if way == "full" else torch.bfloat16, nf4=False
+    )
+    assert use_packed_attention(model, 1024) is None
+    if way == "full":
+        model.requires_grad_(True)
+    else:
+        model = get_peft_model(model, lora(model, r=64))
+        fuse_lora(model)
+    batch = pack([Example([5] * 256, 192, False)] * 4, CPU)
+    peaks = []
+    with memory._Count(model.train()) as count:
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = title_loss(model, batch)
+            loss.backward()
+            peaks.append(count.peak)
+            del loss
+    config = lora(base, r=64)
+    once, again = (
+        memory.expected_peak(
+            base, config, arguments(gradient_accumulation_steps=n), CUDA, (1024, 256), way, 0
+        )
+        for n in (1, 2)
+    )
+    assert again - once == pytest.approx(peaks[1] - peaks[0], rel=0.1)
+    assert again > once
 
 
 def test_the_expected_peak_grows_with_what_it_should(base):

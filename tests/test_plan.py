@@ -62,9 +62,10 @@ def arguments(**changes):
     return argparse.Namespace(**values | changes)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("updates", [1, 5, 1000])
-def test_the_largest_micro_batch_is_one_of_those_to_come(world_size, updates):
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_largest_micro_batch_is_one_of_those_to_come(world_size, updates, padded):
     """Dealt out here as train.py does it, of every process, until the last update."""
     tokens = array("I", [20 + 13 * row % 97 for row in range(50)])
     titles = array("I", [1 + row % 11 for row in range(50)])
@@ -76,12 +77,15 @@ def test_the_largest_micro_batch_is_one_of_those_to_come(world_size, updates):
         rows = epoch_order(50, 7, epoch)[update * size : (update + 1) * size].tolist()
         for rank in range(world_size):
             for micro_batch in deal([examples[row] for row in rows], 3, rank, world_size):
-                sums = (
-                    sum(len(e.ids) for e in micro_batch),
-                    sum(e.num_title_ids for e in micro_batch),
-                )
-                found.append(sums)
-    assert plan.largest_micro_batch(lengths, arguments(), world_size, updates) == max(found)
+                sizes = [[len(e.ids) for e in micro_batch]]
+                sizes += [[e.num_title_ids for e in micro_batch]]
+                count = len(micro_batch)
+                if padded:
+                    found.append((count * max(sizes[0]), count * max(sizes[1]), count))
+                else:
+                    found.append((sum(sizes[0]), sum(sizes[1])))
+    largest = plan.largest_micro_batch(lengths, arguments(), world_size, updates, padded)
+    assert largest == max(found)
 
 
 def test_the_largest_micro_batch_counts_what_is_learnt_of_articles():
