@@ -69,7 +69,9 @@ def main(argv=None):
     nodes = num_nodes()
     if nodes > 1 and machines == 1:
         problem = f"the config is for one machine and the job has {nodes} nodes"
-        raise UserError(file, problem, "use accelerate_configs/multi_node.yaml, or one node")
+        whole = config["distributed_type"] != "FSDP"  # the model, on each GPU of the other config
+        other = "accelerate_configs/multi_node.yaml, or " if whole else ""
+        raise UserError(file, problem, f"use {other}one node")
     if nodes == 1 and machines > 1:
         problem = f"the config is for {machines} machines and there is one"
         raise UserError(file, problem, f"start it with sbatch --nodes {machines}")

@@ -1,7 +1,7 @@
 """Two processes do what one does. Run: python -m pytest tests/test_distributed.py
 
-Real processes on this machine, over gloo, as `torchrun` starts them: it is what `accelerate launch`
-runs for several. (Through that itself, and on two nodes: tests/test_nodes.py.)
+Real processes on this machine, over gloo, as `accelerate launch` starts them with
+accelerate_configs/multi_gpu.yaml. (On two nodes: tests/test_nodes.py.)
 """
 
 import json
@@ -14,7 +14,7 @@ import sys
 import time
 
 import pytest
-from conftest import SCRIPTS, call, read_csv, train_args
+from conftest import ROOT, SCRIPTS, call, read_csv, train_args
 from test_train import EXACT, adapter, difference, metrics, updates
 
 import infer
@@ -23,9 +23,9 @@ from exit_codes import STOPPED
 
 
 def run_on(processes: int, script: str, *argv) -> str:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-    command += ["--master_port", "0", "--rdzv_endpoint", "localhost:0", "--rdzv_backend", "c10d"]
-    command += [str(SCRIPTS / script), *map(str, argv)]
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    command += ["--config_file", str(ROOT / "accelerate_configs/multi_gpu.yaml")]
+    command += ["--num_processes", str(processes), str(SCRIPTS / script), *map(str, argv)]
     result = subprocess.run(
         command,
         capture_output=True,

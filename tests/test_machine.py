@@ -112,6 +112,9 @@ def test_a_job_with_more_or_fewer_nodes_than_the_config_can_have_is_refused(chec
         "the config is for one machine and the job has 2 nodes; use "
         "accelerate_configs/multi_node.yaml, or one node"
     )
+    assert check("fsdp", nodes=2) == (
+        "the config is for one machine and the job has 2 nodes; use one node"
+    )
     assert check("multi_node", nodes=2, num_processes=3) == (
         "num_processes is 3, which 2 machines cannot share evenly; give each as many"
     )
