@@ -287,9 +287,8 @@ def infer(args, columns, source, base_folder, prompt, decoding, record, stop, no
     rank, world_size = accelerator.process_index, accelerator.num_processes
 
     def read_parts() -> tuple[bytes, int | None]:
-        """Return which articles are done, 0 or 1 for each, and the tokens of a batch so far."""
         parts = Parts(output_file, record, len(articles))  # which cuts off a torn last line
-        return bytes(map(parts.is_done, range(len(articles)))), parts.max_batch_tokens
+        return parts.done, parts.max_batch_tokens
 
     # On one process: all must deal out the same, and parts may grow once they are read.
     done, chosen = on_main_process(accelerator, read_parts)

@@ -77,7 +77,8 @@ leave() {  # with an exit code; if it is a job's own script, which slurmd calls 
 
 step() {
   start TERM "$@"
-  [ "$code" = 0 ] || leave "$([ -n "$asked" ] && echo 75 || echo "$code")"
+  if [ "$code" != 0 ] && [ -n "$asked" ]; then code=75; fi
+  [ "$code" = 0 ] || leave "$code"
 }
 
 launch() {

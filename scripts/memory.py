@@ -147,19 +147,17 @@ def _peak_in_use(model, args, kind: str, micro_batch: tuple, shards: int) -> int
     batch = (pack if len(micro_batch) == 2 else pad_left)(examples, torch.device("cpu"))
     with FakeTensorMode(allow_non_fake_inputs=True):  # those on meta, until they are moved
         model.to_empty(device=kind)
-        for parameter in model.parameters() if shards > 1 else ():
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        for parameter in trainable if shards > 1 else ():
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        # Not by `packing.send`: memory of fake tensors cannot be pinned.
         batch = {k: v.to(kind) if torch.is_tensor(v) else v for k, v in batch.items()}
         if kind == "cpu":  # attention would ask for the borders' values
             batch.pop("cu_seq_lens_q", None)
         with _Count(model) as count:
-            if (
-                args.gradient_accumulation_steps > 1 and shards == 1
-            ):  # those of micro-batches before
-                for parameter in model.parameters():
-                    if parameter.requires_grad:
-                        parameter.grad = torch.empty_like(parameter)
+            if args.gradient_accumulation_steps > 1 and shards == 1:
+                for parameter in trainable:
+                    parameter.grad = torch.empty_like(parameter)  # of micro-batches before
             with torch.autocast(kind, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
                 labels = batch.pop("labels").flatten()  # as in `title_loss` of train.py
                 logits = model(**batch, use_cache=False).logits.flatten(0, -2)

@@ -122,8 +122,10 @@ class Parts:
             pass
         raise UserError(file, "this is not a file of titles", "remove it")
 
-    def is_done(self, index: int) -> bool:
-        return self.offsets[index] >= 0
+    @property
+    def done(self) -> bytes:
+        """Which articles are done, 1 or 0 for each."""
+        return bytes(offset >= 0 for offset in self.offsets)
 
     def join(self) -> int:
         """Write CSV and JSONL in input order, remove the parts, return how many titles were cut.

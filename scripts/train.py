@@ -275,9 +275,8 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
         return run_config["memory"]
 
     unpacked = never_packed(base.config, args.max_length)
-    if unpacked and args.prompt_loss_weight:
-        what = f"this model takes no packed rows ({unpacked})"
-        raise UserError("--prompt_loss_weight", what, "leave it out")
+    if unpacked:
+        describe_padding(args, unpacked)  # or a complaint, before anything is loaded
     memory = expect(padded=bool(unpacked))
     plan = describe_plan(args, accelerator, adapted, prompt, checked, lengths, schedule, memory)
     print_once(plan, flush=True)
@@ -319,10 +318,7 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
     why_not, make_batch = next(filter(None, gather_object([why_not])), None), pack
     if why_not:
         unwrapped.set_attn_implementation(attention)
-        make_batch, what = pad_left, f"this model takes no packed rows ({why_not})"
-        if args.prompt_loss_weight:
-            raise UserError("--prompt_loss_weight", what, "leave it out")
-        what += "; shorter articles of a micro-batch are padded"
+        make_batch, what = pad_left, describe_padding(args, why_not)
         if not memory["padded"]:
             memory = expect(padded=True)
             what += f": {describe_memory(memory)}"
@@ -500,6 +496,18 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
     if args.push_to_hub and accelerator.is_main_process:
         push(args.output_dir, args.push_to_hub)
     return None
+
+
+def describe_padding(args, why: str) -> str:
+    """Return what is said of a model that takes no packed rows.
+
+    Raises:
+        UserError: the run has to have them.
+    """
+    what = f"this model takes no packed rows ({why})"
+    if args.prompt_loss_weight:
+        raise UserError("--prompt_loss_weight", what, "leave it out")
+    return f"{what}; shorter articles of a micro-batch are padded"
 
 
 def title_loss(model, batch):
