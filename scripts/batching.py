@@ -7,6 +7,7 @@ another number of processes, sees the same articles in the same update.
 import functools
 import math
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -15,6 +16,14 @@ from prompting import Example
 
 IGNORED = -100  # cross_entropy's ignore_index
 LEARNT = 256  # tokens of an article that carry loss in one update, where they do at all
+
+
+class MicroBatchSize(NamedTuple):
+    """What the memory of a micro-batch goes by; both counts are those of all its rows together."""
+
+    tokens: int  # with padding, if there is any
+    learnt: int  # those of them that have logits
+    padded_rows: int = 0  # 0: the articles are packed into one row
 
 
 @functools.lru_cache(maxsize=2)  # asked for at every update

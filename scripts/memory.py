@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from batching import pack, pad_left
+from batching import MicroBatchSize, pack, pad_left
 from machine import free_memory
 from modeling import checkpoint_layers, decoder_linears, fuse_lora
 from packing import PACKED
@@ -37,7 +37,7 @@ UNTUNED_HOLES = 1.6  # where glibc is not told what scripts/launch.sh tells it
 
 
 def plan_memory(
-    base, lora_config, args, device: torch.device, micro_batch: tuple, shards: int = 1, room=None
+    base, lora_config, args, device, size: MicroBatchSize, shards: int = 1, room=None
 ) -> dict:
     """Return which layers to checkpoint, and what training will take, for run_config.json.
 
@@ -45,8 +45,8 @@ def plan_memory(
         base: `modeling.skeleton` of the base.
         lora_config: of the run.
         args: of train.py.
-        device: where the run is going to be.
-        micro_batch: of `plan.largest_micro_batch`.
+        device: a torch.device, where the run is going to be.
+        size: of `plan.largest_micro_batch`.
         shards: processes that the model is spread over; what is told is that of each.
         room: bytes that there were for all of it; None: those that there are now.
 
@@ -59,7 +59,7 @@ def plan_memory(
     """
 
     def peak(way: str, every: int) -> int | None:
-        return expected_peak(base, lora_config, args, device, micro_batch, way, every, shards)
+        return expected_peak(base, lora_config, args, device, size, way, every, shards)
 
     room = free_memory(device) if room is None else room
     way = "qlora" if args.base_weights == "nf4" else "lora"  # dequantized, it is as large as that
@@ -75,7 +75,7 @@ def plan_memory(
 
 
 def expected_peak(
-    base, lora_config, args, device, micro_batch, way: str, every: int, shards: int = 1
+    base, lora_config, args, device, size: MicroBatchSize, way: str, every: int, shards: int = 1
 ) -> int | None:
     """Return the bytes that training in one of WAYS takes at its peak; see `plan_memory`.
 
@@ -86,7 +86,7 @@ def expected_peak(
     for kind in dict.fromkeys((device.type, "cpu")):  # the shapes are the same on both
         model = copy.deepcopy(base)
         try:
-            if len(micro_batch) == 2:
+            if not size.padded_rows:
                 model.set_attn_implementation(PACKED)
             if way == "full":
                 model.float().requires_grad_(True)
@@ -94,7 +94,7 @@ def expected_peak(
                 model = get_peft_model(model, lora_config)
                 fuse_lora(model)
             checkpoint_layers(model, every)
-            in_use = _peak_in_use(model.train(), args, kind, micro_batch, shards)
+            in_use = _peak_in_use(model.train(), args, kind, size, shards)
         except Exception:  # whatever a model does that cannot be done without content
             continue
         fixed = sum(p.nbytes + MOMENTS * p.requires_grad * p.numel() for p in model.parameters())
@@ -137,14 +137,14 @@ def _per_shard(model, way: str, shards: int) -> float:
     return (size + (4 + MOMENTS) * trained) / shards + scales + together
 
 
-def _peak_in_use(model, args, kind: str, micro_batch: tuple, shards: int) -> int:
+def _peak_in_use(model, args, kind: str, size: MicroBatchSize, shards: int) -> int:
     """Return the bytes beside the weights that live at a time, in a forward and backward pass.
 
     Without gradients, which are given away as soon as they exist, where there are `shards`.
     """
-    tokens, learnt, rows = micro_batch if len(micro_batch) == 3 else (*micro_batch, 1)
+    tokens, learnt, rows = size.tokens, size.learnt, size.padded_rows or 1
     examples = [Example([0] * (tokens // rows), (tokens - learnt) // rows, False)] * rows
-    batch = (pack if len(micro_batch) == 2 else pad_left)(examples, torch.device("cpu"))
+    batch = (pad_left if size.padded_rows else pack)(examples, torch.device("cpu"))
     with FakeTensorMode(allow_non_fake_inputs=True):  # those on meta, until they are moved
         model.to_empty(device=kind)
         trainable = [p for p in model.parameters() if p.requires_grad]

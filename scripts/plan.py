@@ -3,7 +3,7 @@
 import math
 from array import array
 
-from batching import LEARNT, epoch_order, split_update
+from batching import LEARNT, MicroBatchSize, epoch_order, split_update
 from memory import WAYS
 
 CHECKED_EXACTLY = 25_000  # rows; of larger files, lengths are told from no more than that
@@ -45,11 +45,10 @@ def measure_lengths(prompt, articles) -> dict:
 
 def largest_micro_batch(
     lengths: dict, args, num_processes: int, updates: int, padded: bool = False
-) -> tuple:
-    """Return the tokens, and those among them that are learnt, of the run's largest micro-batch.
+) -> MicroBatchSize:
+    """Return the size of the run's largest micro-batch, whose rows are `padded` or packed.
 
-    Where rows are `padded`, both count their padding, and the number of rows comes after them. It
-    is found by dealing out the rows of `measure_lengths` as training will. (Of a large file they
+    It is found by dealing out the rows of `measure_lengths` as training will. (Of a large file they
     are a part, from which as many updates are made as there are rows for.)
     """
     tokens, titles = lengths["row_tokens"], lengths["row_titles"]
@@ -59,7 +58,7 @@ def largest_micro_batch(
     size = args.per_device_train_batch_size
     update_size = size * args.gradient_accumulation_steps * num_processes
     updates_per_epoch = math.ceil(len(tokens) / update_size)
-    largest = (0, 0)
+    largest = MicroBatchSize(0, 0)
     for step in range(min(updates, updates_per_epoch * args.num_train_epochs)):
         epoch, update = divmod(step, updates_per_epoch)
         order = epoch_order(len(tokens), args.seed, epoch)
@@ -73,7 +72,7 @@ def largest_micro_batch(
                 found = (*(len(mine) * each for each in longest), len(mine))
             else:
                 found = sum(tokens[row] for row in mine), sum(titles[row] for row in mine)
-            largest = max(largest, found)
+            largest = max(largest, MicroBatchSize(*found))
     return largest
 
 

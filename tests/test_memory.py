@@ -7,14 +7,14 @@ import torch
 from conftest import byte_level_tokenizer, save_tiny_model
 
 import memory
-from batching import deal, pack, pad_left
+from batching import MicroBatchSize, deal, pack, pad_left
 from modeling import check_targets, checkpoint_layers, fuse_lora, load_base, skeleton
 from packing import use_packed_attention
 from prompting import Example
 from train import title_loss
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-MICRO_BATCH = (1024, 64)  # tokens, and title tokens among them
+MICRO_BATCH = MicroBatchSize(tokens=1024, learnt=64)
 
 
 def lora(base, dropout=0.0, r=16):
@@ -112,7 +112,7 @@ def test_what_is_expected_of_padded_rows_is_what_they_take(every, soft_caps):
             loss = title_loss(model, pad_left(examples, CPU))
         loss.backward()
     base = adapted("meta")
-    found = expected(base, "lora", every, size=(4 * 300, 4 * 16, 4))
+    found = expected(base, "lora", every, size=MicroBatchSize(4 * 300, 4 * 16, padded_rows=4))
     fixed = sum(p.nbytes + memory.MOMENTS * p.requires_grad * p.numel() for p in model.parameters())
     assert found - fixed == pytest.approx(count.peak, rel=0.05)
     packed = expected(base, "lora", every)
@@ -144,10 +144,8 @@ def test_gradients_of_micro_batches_before_are_counted(folder, base, way):
             del loss
     config = lora(base, r=64)
     once, again = (
-        memory.expected_peak(
-            base, config, arguments(gradient_accumulation_steps=n), CUDA, (1024, 256), way, 0
-        )
-        for n in (1, 2)
+        memory.expected_peak(base, config, args, CUDA, MicroBatchSize(1024, 256), way, every=0)
+        for args in (arguments(gradient_accumulation_steps=n) for n in (1, 2))
     )
     assert again - once == pytest.approx(peaks[1] - peaks[0], rel=0.1)
     assert again > once
@@ -158,7 +156,7 @@ def test_the_expected_peak_grows_with_what_it_should(base):
     assert expected(base, every=1) < expected(base, every=2) < whole
     assert whole < expected(base, "lora") < expected(base, "full")
     assert whole < expected(base, dropout=0.1)
-    assert whole < expected(base, size=(2048, 64))
+    assert whole < expected(base, size=MicroBatchSize(2048, 64))
     assert whole < expected(base, device=CPU)
 
 
@@ -183,7 +181,7 @@ def test_gradients_of_shards_never_add_up(base):
     """Of ever more shards there remain two layers, with gradients, and what is in none."""
     layer = sum(p.numel() for p in base.model.layers[0].parameters())
     others = sum(p.numel() for p in base.parameters()) - 4 * layer
-    left = expected(base, "full", size=(16, 4), shards=10**9)
+    left = expected(base, "full", size=MicroBatchSize(16, 4), shards=10**9)
     fixed = 2 * 8 * layer + 4 * others
     assert fixed < left < fixed + 4 * 4 * layer
 
@@ -195,7 +193,7 @@ def test_a_7b_takes_seconds_and_no_memory(tmp_path):
     LlamaConfig().save_pretrained(tmp_path)
     before = memory.peak_memory(CPU)
     base = skeleton(str(tmp_path), torch.bfloat16)
-    assert 5 * 2**30 < expected(base, every=1, size=(4096, 200)) < 7 * 2**30
+    assert 5 * 2**30 < expected(base, every=1, size=MicroBatchSize(4096, 200)) < 7 * 2**30
     assert memory.peak_memory(CPU) - before < 2**30
 
 

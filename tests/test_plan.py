@@ -7,7 +7,7 @@ import pytest
 from conftest import byte_level_tokenizer, french_rows
 
 import plan
-from batching import LEARNT, deal, epoch_order
+from batching import LEARNT, MicroBatchSize, deal, epoch_order
 from prompting import Example, Prompt
 
 
@@ -83,7 +83,7 @@ def test_the_largest_micro_batch_is_one_of_those_to_come(world_size, updates, pa
                 if padded:
                     found.append((count * max(sizes[0]), count * max(sizes[1]), count))
                 else:
-                    found.append((sum(sizes[0]), sum(sizes[1])))
+                    found.append((sum(sizes[0]), sum(sizes[1]), 0))
     largest = plan.largest_micro_batch(lengths, arguments(), world_size, updates, padded)
     assert largest == max(found)
 
@@ -91,15 +91,15 @@ def test_the_largest_micro_batch_is_one_of_those_to_come(world_size, updates, pa
 def test_the_largest_micro_batch_counts_what_is_learnt_of_articles():
     lengths = {"row_tokens": array("I", [900, 40]), "row_titles": array("I", [30, 10])}
     once = arguments(per_device_train_batch_size=2, gradient_accumulation_steps=1)
-    assert plan.largest_micro_batch(lengths, once, 1, 1) == (940, 40)
+    assert plan.largest_micro_batch(lengths, once, 1, 1) == MicroBatchSize(940, 40)
     once.prompt_loss_weight = 0.1
-    assert plan.largest_micro_batch(lengths, once, 1, 1) == (940, 40 + LEARNT + 30)
+    assert plan.largest_micro_batch(lengths, once, 1, 1) == MicroBatchSize(940, 40 + LEARNT + 30)
 
 
 def test_the_largest_padded_micro_batch_counts_its_padding():
     lengths = {"row_tokens": array("I", [900, 40]), "row_titles": array("I", [10, 30])}
     args = arguments(per_device_train_batch_size=2, gradient_accumulation_steps=1)
-    assert plan.largest_micro_batch(lengths, args, 1, 1, padded=True) == (1800, 60, 2)
+    assert plan.largest_micro_batch(lengths, args, 1, 1, padded=True) == MicroBatchSize(1800, 60, 2)
 
 
 def test_the_time_to_come_goes_by_tokens():
