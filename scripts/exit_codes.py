@@ -1,6 +1,7 @@
 """What an exit code of the scripts means, and how a complaint reaches the user: in one line."""
 
 import os
+import select
 import shutil
 import sys
 import time
@@ -108,12 +109,18 @@ def run(main) -> None:
         if isinstance(code, str):  # sys.exit("what went wrong")
             print(code, file=sys.stderr)
             code = BUG
-    except Exception:
-        sys.excepthook(*sys.exc_info())  # which says of which process it is
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            code = USER_ERROR
+            print("error: standard output: its reader has gone; let it read on", file=sys.stderr)
+        else:
+            sys.excepthook(*sys.exc_info())  # which says of which process it is
     finally:  # whether or not the complaint could be printed
         if tell and (file := os.environ.get("EXIT_CODE_FILE")):
             _leave_code(Path(file), code, gives_way=lost or code == BUG)
         _leave_group(code)
+    if _reader_is_gone():  # `| head`, of which Python would complain once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
 
@@ -137,6 +144,14 @@ def _leave_group(code: int) -> None:
             with suppress(OSError, ValueError):  # a full disk, a closed pipe
                 stream.flush()
         os._exit(code)
+
+
+def _reader_is_gone() -> bool:
+    """Return whether standard output is a pipe from which nobody reads any more."""
+    poll = select.poll()
+    with suppress(AttributeError, OSError, ValueError):  # no such stream, or none of the system's
+        poll.register(sys.stdout.fileno(), 0)  # errors alone, which are always told
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _leave_code(file: Path, code: int, gives_way: bool) -> None:

@@ -82,7 +82,7 @@ def main(argv=None) -> int:
         measured = read_files(args, files)
     output_dir = make_output_dir(args.output_dir)
 
-    # --- Measure, show and save ---
+    # --- Measure, save and show ---
     from report import write_report
 
     if measured is not None:
@@ -90,13 +90,14 @@ def main(argv=None) -> int:
         details = measured[-1]
         write_json(output_dir / SCORES, scores)
         write_flags(output_dir / FLAGGED, measured[0], figures)
-        print(format_tables(scores))
         write_report(output_dir / REPORT, scores, runs, figures, sample)
-        print(f"\nall figures: {output_dir / SCORES}, {output_dir / FLAGGED}")
     else:
         write_report(output_dir / REPORT, scores, runs)
     for folder, (run_config, _) in runs.items():
         write_results(folder, run_config, scores, details)
+    if measured is not None:  # shown last: whoever reads it may not read it all, as `| head`
+        print(format_tables(scores))
+        print(f"\nall figures: {output_dir / SCORES}, {output_dir / FLAGGED}")
     print(f"report: {output_dir / REPORT}")
     return 0
 

@@ -151,6 +151,35 @@ def test_an_error_of_the_disk_is_a_complaint_that_names_file_and_room(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("at_once", "code", "complaint"),
+    [
+        ("", 0, ""),  # in the buffer, until the end
+        ("1", 2, "error: standard output: its reader has gone; let it read on\n"),
+    ],
+)
+def test_a_reader_that_goes_is_no_bug(at_once, code, complaint):
+    """As `| head` does once it has what it wants."""
+    read, write = os.pipe()
+    os.close(read)
+    script = "from exit_codes import *\ndef main():\n    print('a line')\nrun(main)\n"
+    environment = os.environ | {"PYTHONPATH": str(SCRIPTS), "PYTHONUNBUFFERED": at_once}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={k: v for k, v in environment.items() if k != "RANK"},
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (code, complaint)
+
+
+def test_another_broken_pipe_is_one(tmp_path):
+    done, _ = run("raise BrokenPipeError", tmp_path)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "BrokenPipeError")
+
+
 def test_ctrl_c_before_there_is_anything_to_lose_is_quiet(tmp_path):
     done, written = run("raise KeyboardInterrupt", tmp_path)
     assert (done.returncode, done.stderr, written) == (130, "", "130\n")
