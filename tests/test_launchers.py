@@ -254,6 +254,13 @@ def wait_until(condition, process):
     raise AssertionError(process.args)
 
 
+def answer_signals():
+    """As a shell does. What started the tests may ignore some, as nohup does, which is inherited,
+    and which bash never takes back."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.fixture
 def job(tiny_model, news, tmp_path):
     """Return a function that starts run_train.sh as sbatch would: a copy, spooled elsewhere.
@@ -284,6 +291,7 @@ def job(tiny_model, news, tmp_path):
                 ["bash", spooled, *options, *more],
                 cwd=tmp_path,
                 process_group=0,  # as a terminal's shell starts it
+                preexec_fn=answer_signals,
                 env=os.environ | {k: str(v) for k, v in (settings | env).items()},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
