@@ -9,7 +9,7 @@
 #SBATCH --job-name=manchette      # as the queue shows it
 #SBATCH --partition=gpu           # <-- edit
 #SBATCH --gres=gpu:1              # GPUs of each node; the config has a process for each of them
-#SBATCH --cpus-per-task=8         # for reading and tokenising
+#SBATCH --cpus-per-task=8         # for reading and tokenizing
 #SBATCH --mem=32G                 # the 7B base passes through it once
 #SBATCH --time=24:00:00           # <-- edit
 #SBATCH --signal=B:USR1@300       # 5 minutes before the end: time to finish and to save

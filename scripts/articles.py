@@ -141,6 +141,12 @@ def open_articles(path: str, columns: Columns, split: str = "train"):
     return dataset
 
 
+def evenly_spaced(rows: int, most: int) -> list[int]:
+    """Return the numbers of all rows, or of so many that are spread evenly over them."""
+    count = min(rows, most)
+    return [number * rows // count for number in range(count)]
+
+
 def _batches(rows: Iterator[dict]) -> Iterator[list[dict]]:
     """Yield the rows in lists that are bounded in memory: an article may have megabytes."""
     batch, characters = [], 0

@@ -1,7 +1,7 @@
 """Which articles make an update, how they are dealt out, and the tensors of a micro-batch.
 
 Nothing here keeps state: the order is a function of seed and epoch, so a resumed run, or one on
-another number of processes, sees the same articles in the same update.
+another number of processes whose updates are as large, sees the same articles in the same update.
 """
 
 import functools
@@ -15,14 +15,14 @@ import packing
 from prompting import Example
 
 IGNORED = -100  # cross_entropy's ignore_index
-LEARNT = 256  # tokens of an article that carry loss in one update, where they do at all
+ARTICLE_LABELS = 256  # tokens of an article that carry loss in one update, where they do at all
 
 
 class MicroBatchSize(NamedTuple):
     """What the memory of a micro-batch goes by; both counts are those of all its rows together."""
 
     tokens: int  # with padding, if there is any
-    learnt: int  # those of them that have logits
+    labels: int  # those of them that carry loss, and so have logits
     padded_rows: int = 0  # 0: the articles are packed into one row
 
 
@@ -42,9 +42,9 @@ def learn_articles_too(examples: list[Example], weight: float, seed: int, step: 
     """Return the examples of an update with a random part of each article's tokens to be learnt.
 
     Loss on what is read, beside what is to be written (arXiv 2405.14394): a base that knows little
-    French learns more of it from an article than from its title. No more than LEARNT tokens of an
-    article are drawn, so that their logits need not exist for the whole of it; each stands for all
-    that were not, so the expected gradient is that of all tokens, of the given weight.
+    French learns more of it from an article than from its title. No more than ARTICLE_LABELS tokens
+    of an article are drawn, so that their logits need not exist for the whole of it; each stands
+    for all that were not, so the expected gradient is that of all tokens, of the given weight.
 
     Args:
         weight: of a token of the article; that of a title's token is 1.
@@ -53,10 +53,10 @@ def learn_articles_too(examples: list[Example], weight: float, seed: int, step: 
     generator, drawn = torch.Generator().manual_seed(seed * 1_000_003 + step), []
     for example in examples:
         places = [place for place in example.article if place > 0]  # nothing says the very first
-        chosen = torch.randperm(len(places), generator=generator)[:LEARNT].sort().values
+        chosen = torch.randperm(len(places), generator=generator)[:ARTICLE_LABELS].sort().values
         each = weight * len(places) / max(1, len(chosen))
-        learnt = tuple(places[index] for index in chosen.tolist())
-        drawn.append(replace(example, learnt=learnt, learnt_weight=each))
+        labels = tuple(places[index] for index in chosen.tolist())
+        drawn.append(replace(example, article_labels=labels, article_weight=each))
     return drawn
 
 
@@ -68,7 +68,7 @@ def deal(examples: list[Example], micro_batch_size: int, rank: int = 0, world_si
     loss.
     """
     split = split_update([len(e.ids) for e in examples], micro_batch_size, world_size)
-    # One that carries no loss, so that it waits for the others where they wait for it.
+    # Without labels: its process takes part in the collective operations all the same.
     spare = min(examples, key=lambda example: len(example.ids))
     nothing = [Example(spare.ids, len(spare.ids), False)]
     return [[examples[i] for i in mine] or nothing for mine in split[rank::world_size]]
@@ -105,15 +105,16 @@ def pack(examples: list[Example], device: torch.device) -> dict:
     row = packing.pack([example.ids for example in examples], torch.device("cpu"))
     keep, labels, weights, of_titles, start = [], [], [], [], 0
     for example in examples:
-        learnt = [*example.learnt, *range(example.num_prompt_ids, len(example.ids))]
-        keep.extend(start + position - 1 for position in learnt)
-        labels.extend(example.ids[position] for position in learnt)
-        weights += [example.learnt_weight] * len(example.learnt) + [1.0] * example.num_title_ids
-        of_titles += [False] * len(example.learnt) + [True] * example.num_title_ids
+        places = [*example.article_labels, *range(example.num_prompt_ids, len(example.ids))]
+        keep.extend(start + position - 1 for position in places)
+        labels.extend(example.ids[position] for position in places)
+        of_article, of_title = len(example.article_labels), example.num_title_ids
+        weights += [example.article_weight] * of_article + [1.0] * of_title
+        of_titles += [False] * of_article + [True] * of_title
         start += len(example.ids)
     row["logits_to_keep"] = torch.tensor(keep, dtype=torch.long)
     row["labels"] = torch.tensor(labels, dtype=torch.long)
-    if any(example.learnt for example in examples):
+    if any(example.article_labels for example in examples):
         row["weights"] = torch.tensor(weights)
         row["of_titles"] = torch.tensor(of_titles)
     return packing.send(row, device)

@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from exit_codes import UserError, note, writing
 from model_card import CARD, RESULTS, model_card, results_of
 from modeling import adapter_state_dict, load_adapter_weights
+from nodes import from_main_process
 from run_folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    BEFORE_THEY_EXISTED,
+    DEFAULTS_OF_NEWER_ARGUMENTS,
     METRICS,
     OPTIMIZER,
     RUN_CONFIG,
@@ -48,27 +49,6 @@ def first_state() -> dict:
         "best_step": None,
         "best_value": None,  # lower is better
     }
-
-
-def on_main_process(accelerator, do, *arguments):
-    """Return what `do(*arguments)` returns on the main process, while all wait.
-
-    Raises:
-        UserError: that of the main process, on all.
-    """
-    from accelerate.utils import broadcast_object_list
-
-    answer = [None, None]
-    if accelerator.is_main_process:
-        try:
-            answer[0] = do(*arguments)
-        except UserError as error:
-            answer[1] = error.parts
-    result, complaint = broadcast_object_list(answer)
-    if complaint is not None:
-        accelerator.wait_for_everyone()  # as at the end of train.py, for this is one too
-        raise UserError(*complaint)
-    return result
 
 
 def save_checkpoint(output_dir: Path, model, optimizer, state: dict) -> None:
@@ -230,7 +210,7 @@ def set_later_ones_aside(output_dir: Path, completed_steps: int, unfinished: boo
         with writing(aside):
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(later, aside)
-        note(f"{later} is of after that; kept as {aside.name}")
+        note(f"{later} was written after that; kept as {aside.name}")
 
 
 def give_up(accelerator, output_dir: Path, model, optimizer, state: dict) -> None:
@@ -243,7 +223,7 @@ def give_up(accelerator, output_dir: Path, model, optimizer, state: dict) -> Non
     """
     completed = state["completed_steps"]
     good = completed - state["skipped_in_a_row"]
-    on_main_process(accelerator, set_later_ones_aside, output_dir, good, True)
+    from_main_process(accelerator, set_later_ones_aside, output_dir, good, True)
     advice = "lower --learning_rate, or look at these articles"
     if good:
         state = state | {
@@ -253,7 +233,7 @@ def give_up(accelerator, output_dir: Path, model, optimizer, state: dict) -> Non
             "skipped_in_a_row": 0,
             "best_step": state["best_step"] and min(good, state["best_step"]),
         }
-        on_main_process(accelerator, save_checkpoint, output_dir, model, optimizer, state)
+        from_main_process(accelerator, save_checkpoint, output_dir, model, optimizer, state)
         advice += f"; {checkpoint_folder(output_dir, good)} is as before, for --resume_anyway"
     updates = f"updates {good + 1:,} to {completed:,}"
     raise UserError(output_dir, f"the loss or gradient of {updates} is not finite", advice)
@@ -292,7 +272,8 @@ def save_adapter(model, state: dict, peak: int, output_dir: Path) -> None:
         load_adapter_weights(model, best / ADAPTER_WEIGHTS)
     run_config = read_run_config(str(output_dir))
     run_config["adapter_step"] = state["best_step"] or state["completed_steps"]
-    run_config["memory"]["measured_peak"] = peak
+    memory = run_config["memory"]  # whose peak may be of an earlier start, which got further
+    memory["measured_peak"] = max(peak, memory.get("measured_peak", 0))
     # First where nothing looks for it: under its own name, the adapter is always whole.
     temporary = output_dir / f"adapter{UNFINISHED}"
     tensors = adapter_state_dict(model)
@@ -329,10 +310,10 @@ def _differences(recorded: dict, current: dict) -> list[str]:
     """Return what would make a resumed run another run."""
     free = ("output_dir", "resume_from_checkpoint", "resume_anyway", "max_time", "report_to")
     free += ("save_total_limit", "per_device_train_batch_size", "gradient_accumulation_steps")
-    free += ("push_to_hub", "ddp_timeout")
+    free += ("push_to_hub", "ddp_timeout", "activation_checkpointing")
     # Of these, the contents are compared.
     free += ("train_file", "validation_file", "prompt_file", "model_name_or_path")
-    before = BEFORE_THEY_EXISTED | recorded["arguments"]
+    before = DEFAULTS_OF_NEWER_ARGUMENTS | recorded["arguments"]
     before = {k: v for k, v in before.items() if k not in free}
     after = {k: v for k, v in current["arguments"].items() if k not in free}
     for key in ("base_fingerprint", "prompt", "articles_per_update"):

@@ -395,7 +395,7 @@ def in_halves(generate: Callable[[list[int]], list], batch: list[int], size_of, 
     if len(batch) == 1 or tokens < too_large.get("tokens", sys.maxsize):
         try:
             return generate(batch)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except RuntimeError as error:  # as torch.OutOfMemoryError is, too
             if not is_out_of_memory(error):
                 raise
         # Out of the except clause, or the error would keep what it must let go of.

@@ -1,7 +1,9 @@
 """What an exit code of the scripts means, and how a complaint reaches the user: in one line."""
 
+import argparse
+import errno
 import os
-import select
+import platform
 import shutil
 import sys
 import time
@@ -37,6 +39,51 @@ class LostNode(UserError):
 
 class WriteError(LoneError):
     """A file that cannot be written."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser whose complaints are one line, of the first process alone.
+
+    Args:
+        description: of the script, shown by --help with the line breaks that it has.
+    """
+
+    def __init__(self, description: str):
+        raw = argparse.RawTextHelpFormatter
+        super().__init__(usage=argparse.SUPPRESS, description=description, formatter_class=raw)
+
+    def _print_message(self, message, file=None) -> None:
+        if is_first_process():
+            super()._print_message(message, file)
+
+
+class Unread:
+    """A stream that may lose its reader: `| head`, a `tee` that Ctrl-C ends too, or a terminal.
+
+    A training must not end for that, before it has saved. What is written then goes nowhere.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, action, *arguments) -> None:
+        try:
+            action(*arguments)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            with open(os.devnull, "w") as nowhere:  # for what is still buffered, and Python's end
+                os.dup2(nowhere.fileno(), self.stream.fileno())
 
 
 def is_first_process() -> bool:
@@ -83,11 +130,15 @@ def run(main) -> None:
 
     `accelerate launch` answers 1 whatever its script returned, so the code is also written to the
     file that the environment variable EXIT_CODE_FILE names; the launchers pass it on from there.
-    Under several processes every rank meets the same complaint and only the first one tells it; nor
+    Under several processes most ranks meet the same complaint and only the first one tells it; nor
     do others tell their code, for they may merely have lost the first one. What launched them ends
-    all as soon as one has ended, so the others wait to be ended: the first one may be slower.
+    all as soon as one has ended, so the others wait to be ended: the first one may be slower. On
+    another node nobody ends them if they alone have met it, such as a model that is not there; then
+    the first process of that node tells it.
     """
-    code, tell, lost = BUG, is_first_process(), False
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (stream and Unread(stream) for stream in streams)  # some have none
+    code, tell, lost, late, where = BUG, is_first_process(), False, False, ""
     try:
         code = main() or DONE
     except UserError as error:
@@ -97,11 +148,14 @@ def run(main) -> None:
         if not tell:
             with suppress(KeyboardInterrupt):
                 time.sleep(PATIENCE)  # or until SIGTERM
+                tell = late = not lost and os.environ.get("LOCAL_RANK") == "0"
+                where = f"on {node_name()}: "
         # What the frames hold goes now: a progress bar prints itself once more when it does.
         traceback.clear_frames(error.__traceback__)
         if tell:
             # What it quotes, such as the error of a library, may have lines; a complaint has one.
-            print("error:", printable(" ".join(str(error).split("\n"))), file=sys.stderr)
+            complaint = where + " ".join(str(error).split("\n"))
+            print("error:", printable(complaint), file=sys.stderr)
     except KeyboardInterrupt:
         code = INTERRUPTED
     except SystemExit as exit_request:  # argparse: 0 after --help, 2 after a complaint of its own
@@ -109,19 +163,26 @@ def run(main) -> None:
         if isinstance(code, str):  # sys.exit("what went wrong")
             print(code, file=sys.stderr)
             code = BUG
-    except Exception as error:
-        if isinstance(error, BrokenPipeError) and _reader_is_gone():
-            code = USER_ERROR
-            print("error: standard output: its reader has gone; let it read on", file=sys.stderr)
-        else:
-            sys.excepthook(*sys.exc_info())  # which says of which process it is
+    except Exception:
+        sys.excepthook(*sys.exc_info())  # which says of which process it is
     finally:  # whether or not the complaint could be printed
         if tell and (file := os.environ.get("EXIT_CODE_FILE")):
-            _leave_code(Path(file), code, gives_way=lost or code == BUG)
+            _leave_code(Path(file), code, gives_way=lost or late or code == BUG)
+        flush_streams()  # or Python's last flush may be what fails
         _leave_group(code)
-    if _reader_is_gone():  # `| head`, of which Python would complain once more at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.stdout, sys.stderr = streams
     sys.exit(code)
+
+
+def node_name() -> str:
+    """Return what the scheduler calls this machine, or what it calls itself."""
+    return os.environ.get("SLURMD_NODENAME") or platform.node()
+
+
+def flush_streams() -> None:
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with suppress(OSError, ValueError):  # a full disk, a closed stream
+            stream.flush()
 
 
 def keep_group() -> None:
@@ -140,18 +201,7 @@ def _leave_group(code: int) -> None:
     """End the process at once where Python would have to take a group of processes down."""
     distributed = sys.modules.get("torch.distributed")
     if KEPT or getattr(distributed, "is_initialized", bool)():  # which torch may be built without
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):  # a full disk, a closed pipe
-                stream.flush()
         os._exit(code)
-
-
-def _reader_is_gone() -> bool:
-    """Return whether standard output is a pipe from which nobody reads any more."""
-    poll = select.poll()
-    with suppress(AttributeError, OSError, ValueError):  # no such stream, or none of the system's
-        poll.register(sys.stdout.fileno(), 0)  # errors alone, which are always told
-    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _leave_code(file: Path, code: int, gives_way: bool) -> None:

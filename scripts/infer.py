@@ -24,6 +24,7 @@ from pathlib import Path
 from articles import Columns, check_articles, open_articles
 from exit_codes import (
     STOPPED,
+    ArgumentParser,
     UserError,
     is_first_process,
     keep_group,
@@ -34,7 +35,7 @@ from exit_codes import (
 )
 from libraries import quick_imports
 from machine import check_devices, free_memory
-from nodes import Nodes, process_group
+from nodes import Nodes, from_main_process, process_group
 from predictions import Parts, is_complete, part_file, part_files, write_line
 from prompting import PROMPTS, Prompt, load_tokenizer, prompt_of_run, read_template
 from run_folder import (
@@ -54,7 +55,7 @@ from run_folder import (
     resolve_model_folder,
     versions,
 )
-from sharding import check_config
+from sharding import check_fsdp_config
 from stopping import StopRequest
 
 WINDOW = 2048  # articles that are sorted by length together; bounds what is kept in memory
@@ -116,9 +117,7 @@ ENGINE_HELP = "continuous: transformers' own, on whose timing roundings depend"
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = ArgumentParser(__doc__)
     flag = argparse.BooleanOptionalAction
     add = parser.add_argument_group("model").add_argument
     add("--run_dir", help="folder of train.py or merge.py, or a checkpoint: says all else here")
@@ -225,10 +224,13 @@ def main(argv=None):
         for part in part_files(output_file):  # killed when all but removing them was done
             with writing(part):
                 part.unlink(missing_ok=True)
-        print(f"{args.output_file} is there already, made with the same settings: nothing to do")
+        if is_first_process():
+            print(
+                f"{args.output_file} is there already, made with the same settings: nothing to do"
+            )
         return None
     check_devices()
-    check_config()
+    check_fsdp_config()
     prompt = make_prompt(source, base_folder, settings)
 
     lock = output_file.with_suffix(".lock")
@@ -279,7 +281,6 @@ def infer(args, columns, source, base_folder, prompt, decoding, record, stop, no
     import torch
     from accelerate.utils import tqdm
 
-    from checkpoints import on_main_process
     from decoding import choose_max_batch_tokens
 
     # ------------------------------------------------------------------ write titles
@@ -291,7 +292,7 @@ def infer(args, columns, source, base_folder, prompt, decoding, record, stop, no
         return parts.done, parts.max_batch_tokens
 
     # On one process: all must deal out the same, and parts may grow once they are read.
-    done, chosen = on_main_process(accelerator, read_parts)
+    done, chosen = from_main_process(accelerator, read_parts)
     num_done = sum(done)
     if record["max_batch_tokens"] is None:
         # Batches decide on roundings: an earlier start has chosen for all that come after it, and
@@ -316,7 +317,7 @@ def infer(args, columns, source, base_folder, prompt, decoding, record, stop, no
         bar_format=BAR,
         disable=not accelerator.is_main_process,
     )
-    stopping = False  # which it is not where all titles are there: then little is left to do
+    stopping = False  # not where all titles are there: then only joining their parts is left
     too_large = {}  # what did not fit into memory
     turn = 0
     with open(part_file(output_file, rank), "ab", buffering=0) as part:
@@ -366,9 +367,9 @@ def infer(args, columns, source, base_folder, prompt, decoding, record, stop, no
     if accelerator.reduce(torch.tensor(float(stopping), device=accelerator.device)).item():
         if accelerator.is_main_process:
             written = Parts(output_file, record, len(articles)).num_done
-            print(
-                f"stopped after {written:,} of {len(articles):,} titles; the same command goes on"
-            )
+            done = f"{written:,} of {len(articles):,} titles"
+            by = stop.reason() or "another process"
+            print(f"stopped by {by} after {done}; the same command goes on")
         accelerator.wait_for_everyone()  # torchrun ends the others once one has ended with 75
         accelerator.end_training()
         return STOPPED
@@ -384,7 +385,6 @@ def generate_titles(
     model,
     prompt,
     articles: list[str],
-    max_new_tokens: int | None = None,
     max_batch_tokens: int = 8192,
     stop_asked: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[int, Title]]:
@@ -394,11 +394,10 @@ def generate_titles(
         model: in evaluation mode, on its device; with or without an adapter.
         prompt: a `prompting.Prompt`.
         articles: their texts.
-        max_new_tokens: limit of a title, EOS included (default: what the prompt keeps free).
         max_batch_tokens: as in `make_batches`.
         stop_asked: looked at before each batch; once true, no more come.
     """
-    decoding = Decoding(max_new_tokens or prompt.max_title_tokens)
+    decoding = Decoding(prompt.max_title_tokens)
     prompts = [example.ids for example in prompt.encode_all(articles)]
     too_large = {}
     for batch in make_batches(prompts, decoding.max_new_tokens, max_batch_tokens):

@@ -8,15 +8,16 @@ first; train.py and infer.py ask `check_devices`, whoever started them. In a SLU
 nodes, what is printed are the options that make the config one for so many.
 """
 
-import argparse
+import math
 import os
 import shutil
 from pathlib import Path
 
-from exit_codes import UserError, run
+from exit_codes import ArgumentParser, UserError, run
 
 USE_OURS = "give one of accelerate_configs/"
 SHARED_MEMORY = Path("/dev/shm")
+CONTROL_GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 DEEPSPEED = "DeepSpeed, whose ZeRO-3 cannot hold 4-bit weights"
 MEGATRON = "Megatron-LM"
 PARALLELISM = "parallelism within a layer or a sequence"
@@ -35,9 +36,7 @@ YES = ("1", "true", "yes", "y", "on", "t")
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--config_file", required=True, help="of accelerate launch")
     return parser.parse_args(argv)
 
@@ -170,8 +169,8 @@ def check_gpus(where: str, wanted: int, machines: int = 1) -> None:
 def free_memory(device) -> int:
     """Return the bytes of a torch device that this process has free or can have.
 
-    Of a GPU, what nobody has and what torch keeps without using it; of a machine's memory, an equal
-    share for each process on it.
+    Of a GPU, what nobody has and what torch keeps without using it; of a machine's memory, or of
+    what a job or container may take of it, an equal share for each process on it.
     """
     if device.type == "cuda":
         import torch
@@ -180,7 +179,35 @@ def free_memory(device) -> int:
         return torch.cuda.mem_get_info(device)[0] + kept
     import psutil  # Accelerate's
 
-    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    available = min(psutil.virtual_memory().available, _left_by_control_groups())
+    return int(available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _left_by_control_groups() -> float:
+    """Return the bytes that this process may still take by the limits of its control groups, such
+    as those of `sbatch --mem` or of a container (the kernel's cgroups, version 1 or 2)."""
+    left = math.inf
+    for line in OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "memory":
+            top, limit, usage = CONTROL_GROUPS / "memory", "limit_in_bytes", "usage_in_bytes"
+        elif not controllers:
+            top, limit, usage = CONTROL_GROUPS, "max", "current"
+        else:
+            continue
+        group = top / path.lstrip("/")
+        # A limit holds for all below it. In a container, the group itself may be out of sight.
+        for folder in (group, *group.parents)[: len(group.relative_to(top).parts) + 1]:
+            try:
+                room = int((folder / f"memory.{limit}").read_text())
+                room -= int((folder / f"memory.{usage}").read_text())
+                stat = dict(row.split() for row in (folder / "memory.stat").open())
+            except (OSError, ValueError):  # not there; "max": no limit
+                continue
+            # What is cached of files goes when memory is asked for.
+            cached = stat.get("total_inactive_file", stat.get("inactive_file", 0))
+            left = min(left, room + int(cached))
+    return max(0, left)
 
 
 if __name__ == "__main__":

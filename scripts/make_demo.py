@@ -1,7 +1,7 @@
 """Make the demo: a corpus of invented French news and a small Llama to fine-tune on it, offline.
 
-python scripts/make_demo.py --output_dir demo
-python scripts/make_demo.py --output_dir big --train_rows 1000000 --no-model
+    python scripts/make_demo.py --output_dir demo
+    python scripts/make_demo.py --output_dir big --train_rows 1000000 --no-model
 
 The corpus has the challenge's columns. The model is a plain language model: it has read other
 articles of the same kind and never a title, so that fine-tuning has something to teach.
@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from exit_codes import UserError, run
+from exit_codes import ArgumentParser, UserError, run
 from libraries import quick_imports
 
 VERSION = 2  # of what is made; a folder made by another version is refused
@@ -256,9 +256,7 @@ VOCABULARY = 3072
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = ArgumentParser(__doc__)
     group = parser.add_argument_group("corpus")
     group.add_argument("--output_dir", default="demo", help="new folder to write [%(default)s]")
     group.add_argument("--train_rows", type=int, default=2000, help="articles [%(default)s]")

@@ -6,6 +6,7 @@ added up. That takes a second or two and no memory, for a 7B as well.
 """
 
 import copy
+import functools
 import os
 import sys
 import weakref
@@ -58,8 +59,12 @@ def plan_memory(
         through this; `this_run`: that of this run.
     """
 
+    @functools.cache  # with LoRA, the base's weights are all that QLoRA's differ in
+    def traced(full: bool, every: int):
+        return _trace(base, lora_config, args, device, size, full, every, shards)
+
     def peak(way: str, every: int) -> int | None:
-        return expected_peak(base, lora_config, args, device, size, way, every, shards)
+        return _peak(traced(way == "full", every), base, device, way, shards)
 
     room = free_memory(device) if room is None else room
     way = "qlora" if args.base_weights == "nf4" else "lora"  # dequantized, it is as large as that
@@ -82,40 +87,53 @@ def expected_peak(
     On a GPU they are those allocated there; on a CPU, the whole resident set. What AdamW updates
     is in fp32: all weights in full fine-tuning, else the adapter's.
     """
-    largest = max(layer.weight.numel() for layer in decoder_linears(base).values())
+    traced = _trace(base, lora_config, args, device, size, way == "full", every, shards)
+    return _peak(traced, base, device, way, shards)
+
+
+def _trace(base, lora_config, args, device, size, full: bool, every: int, shards: int):
+    """Return the model without its weights and `_peak_in_use`; None if it does not go through."""
     for kind in dict.fromkeys((device.type, "cpu")):  # the shapes are the same on both
         model = copy.deepcopy(base)
         try:
             if not size.padded_rows:
                 model.set_attn_implementation(PACKED)
-            if way == "full":
+            if full:
                 model.float().requires_grad_(True)
             else:
                 model = get_peft_model(model, lora_config)
                 fuse_lora(model)
             checkpoint_layers(model, every)
-            in_use = _peak_in_use(model.train(), args, kind, size, shards)
+            return model, _peak_in_use(model.train(), args, kind, size, shards)
         except Exception:  # whatever a model does that cannot be done without content
             continue
-        fixed = sum(p.nbytes + MOMENTS * p.requires_grad * p.numel() for p in model.parameters())
-        if way == "qlora":
-            for layer in decoder_linears(base).values():
-                fixed -= (layer.weight.itemsize - NF4_BYTES) * layer.weight.numel()
-            in_use += 2 * largest * base.dtype.itemsize  # dequantized for a product, by two steps
-        if shards > 1:
-            fixed = _per_shard(model, way, shards)
-        if device.type == "cpu":
-            tuned = "tcache_count=0" in os.environ.get("GLIBC_TUNABLES", "")
-            return int(CPU_EXTRA + fixed + (HOLES if tuned else UNTUNED_HOLES) * in_use)
-        return int(fixed + in_use)
     return None
+
+
+def _peak(traced, base, device, way: str, shards: int) -> int | None:
+    """Return the `expected_peak` of what `_trace` returned."""
+    if traced is None:
+        return None
+    model, in_use = traced
+    fixed = sum(p.nbytes + MOMENTS * p.requires_grad * p.numel() for p in model.parameters())
+    if way == "qlora":
+        weights = [layer.weight for layer in decoder_linears(base).values()]
+        fixed -= sum((weight.itemsize - NF4_BYTES) * weight.numel() for weight in weights)
+        # The largest is dequantized for a product, by two steps.
+        in_use += 2 * max(weight.numel() for weight in weights) * base.dtype.itemsize
+    if shards > 1:
+        fixed = _per_shard(model, way, shards)
+    if device.type == "cpu":
+        tuned = "tcache_count=0" in os.environ.get("GLIBC_TUNABLES", "")
+        return int(CPU_EXTRA + fixed + (HOLES if tuned else UNTUNED_HOLES) * in_use)
+    return int(fixed + in_use)
 
 
 def _per_shard(model, way: str, shards: int) -> float:
     """Return the bytes beside activations that one process has under FSDP.
 
     Its share of weights, gradients and moments; the scales of 4-bit blocks, which are not sharded;
-    two layers put together, for the next is fetched while one is at work, with gradients on their
+    two layers all-gathered, for the next is fetched while one is at work, with gradients on their
     way; and all that is in no layer, such as embeddings and head.
     """
     head = model.get_output_embeddings()
@@ -142,8 +160,8 @@ def _peak_in_use(model, args, kind: str, size: MicroBatchSize, shards: int) -> i
 
     Without gradients, which are given away as soon as they exist, where there are `shards`.
     """
-    tokens, learnt, rows = size.tokens, size.learnt, size.padded_rows or 1
-    examples = [Example([0] * (tokens // rows), (tokens - learnt) // rows, False)] * rows
+    tokens, labels, rows = size.tokens, size.labels, size.padded_rows or 1
+    examples = [Example([0] * (tokens // rows), (tokens - labels) // rows, False)] * rows
     batch = (pad_left if size.padded_rows else pack)(examples, torch.device("cpu"))
     with FakeTensorMode(allow_non_fake_inputs=True):  # those on meta, until they are moved
         model.to_empty(device=kind)

@@ -8,7 +8,6 @@ before the rounding to NF4. Tensors are read, merged and written one by one, in 
 them; no GPU is needed.
 """
 
-import argparse
 import json
 import math
 import os
@@ -22,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from articles import Columns, check_articles, iterate_articles
-from exit_codes import UserError, note, run, writing
+from exit_codes import ArgumentParser, UserError, note, run, writing
 from hub import check_hub, push
 from libraries import quick_imports
 from model_card import CARD, model_card
@@ -46,14 +45,15 @@ from run_folder import (
     write_json,
 )
 
+# Of safetensors' types: bytes of a number.
+FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+BYTES = FLOATS | {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 MAX_SHARD_BYTES = 4 << 30  # of a weight file that is written
 CHECK_POSITIONS = 64  # at the end of each prompt, where titles begin: whose logits are compared
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument_group("model").add_argument
     add("--run_dir", required=True, help="folder of train.py, or a checkpoint in it")
     add("--model_name_or_path", help="where the base lies now, if not where the run says")
@@ -396,10 +396,6 @@ class Weights:
             dtype = {2: "BF16", 4: "F32"}[self.dtype.itemsize]
         end = start + math.prod(shape) * BYTES[dtype]
         return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}, end
-
-
-FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-BYTES = FLOATS | {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
 def stored_dtype(file: Path, name: str) -> str:

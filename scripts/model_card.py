@@ -14,7 +14,7 @@ from articles import HUB_DATASET, SUFFIXES
 from exit_codes import UserError, note, printable, writing
 from run_folder import (
     ADAPTER_WEIGHTS,
-    BEFORE_THEY_EXISTED,
+    DEFAULTS_OF_NEWER_ARGUMENTS,
     RUN_CONFIG,
     file_sha256,
     model_fingerprint,
@@ -40,7 +40,7 @@ def model_card(run_config: dict, results: dict | None = None, name: str = ".") -
         name: what to load it by: a Hub id, or the folder from inside.
     """
     arguments, merged = run_config["arguments"], run_config["kind"] == "merged"
-    arguments = BEFORE_THEY_EXISTED | arguments
+    arguments = DEFAULTS_OF_NEWER_ARGUMENTS | arguments
     rows = "\n".join(f"| {key} | {_quoted(arguments[key])} |" for key in SETTINGS)
     splits = run_config["data"].items()
     data = "\n".join(f"- {_quoted(split)}: {file['rows']:,} rows" for split, file in splits)
@@ -64,7 +64,7 @@ def model_card(run_config: dict, results: dict | None = None, name: str = ".") -
 {lines}
 {fence}
 
-{needs}The text is tokenised as a whole here, and the base is in its own precision: titles may
+{needs}The text is tokenized as a whole here, and the base is in its own precision: titles may
 differ a little from those of infer.py, which puts ids together in pieces.
 
 ## Prompt

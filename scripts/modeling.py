@@ -1,4 +1,4 @@
-"""Loading a base model and its adapter, the same way for training, inference and the merge check.
+"""Loading a base model and its adapter, the same way for training and inference.
 
 Nothing about precision is assumed: what was asked for is checked on the loaded model.
 """
@@ -183,7 +183,8 @@ def _check_layers(model, folder: str, nf4: bool, lora: bool) -> None:
 
 
 def _check_positions(model, longest: int) -> None:
-    """Positions that were not learnt go on for ever, further than the base was trained: a note."""
+    """Refuse more tokens than there are learned positions; note where computed ones go on beyond
+    what the base was trained on."""
     most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if most is None or longest <= most:
         return
@@ -258,7 +259,7 @@ def checkpoint_layers(model, every_n_layers: int) -> None:
 
 
 def fuse_lora(model) -> None:
-    """Let the layers of an adapted model add what LoRA says within LoRA's second product.
+    """Replace PEFT's forward of each adapted layer by one that adds LoRA in its second product.
 
     PEFT's own forward pass goes over an output of the base four times more: to copy it where the
     base is 4-bit, to write B A x, to scale that, and to add the two; its backward pass scales the

@@ -2,14 +2,13 @@
 
 import math
 import os
-import platform
 import sys
 import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
 
-from exit_codes import LostNode, UserError, note
+from exit_codes import LostNode, UserError, node_name, note
 from run_folder import first_line
 
 PREFIX = "manchette/"  # of our keys in the store through which the processes found each other
@@ -31,12 +30,13 @@ class Nodes:
     """
 
     def __init__(self, timeout: float):
-        variables = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-        self.rank, self.size, self.here = (int(os.environ.get(v, v != "RANK")) for v in variables)
-        self.several = self.size > self.here
+        self.rank = int(os.environ.get("RANK", 0))
+        self.size = int(os.environ.get("WORLD_SIZE", 1))
+        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.several = self.size > self.local_size
         self.period = min(5.0, timeout / 20)  # seconds between two signs of life
         self.silence = 6 * self.period  # after which a process does not live any more
-        self.name = os.environ.get("SLURMD_NODENAME") or platform.node()
+        self.name = node_name()
         self.names = [None] * self.size
         self.heard = [time.monotonic()] * self.size  # on the first process, of each
         self.answered = time.monotonic()  # by the store
@@ -73,9 +73,9 @@ class Nodes:
     def wait_for_all(self, stop_asked: Callable[[], bool]) -> None:
         """Wait until all processes have come to this, for which they may take any time.
 
-        An operation between them would fail after the timeout. Once `stop_asked()` is true, as when
-        another process has failed, or a node is lost, of which the first process knows, the next
-        operation is to say so.
+        An operation between them would fail after the timeout. This returns early once
+        `stop_asked()` is true or, on the first process, a node is lost: the next operation between
+        them tells all, or fails.
         """
         if self.size == 1:
             return
@@ -140,7 +140,8 @@ class Nodes:
             return
         # The first process has said what there is to say. Beside it, let it end first; the main
         # thread may be in an operation that ends with its timeout, or never.
-        time.sleep(6 * self.period * (self.rank < self.here))
+        if self.rank < self.local_size:
+            time.sleep(self.silence)
         os._exit(1)
 
     def _miss_the_first(self) -> None:
@@ -171,6 +172,27 @@ class Nodes:
         if resumable:
             raise LostNode(where, problem, f"the same command goes on {resumable}") from None
         raise UserError(where, problem, "nothing was done since the start; mend it first") from None
+
+
+def from_main_process(accelerator, do, *arguments):
+    """Return what `do(*arguments)` returns on the main process, while all wait.
+
+    Raises:
+        UserError: that of the main process, on all.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    answer = [None, None]
+    if accelerator.is_main_process:
+        try:
+            answer[0] = do(*arguments)
+        except UserError as error:
+            answer[1] = error.parts
+    result, complaint = broadcast_object_list(answer)
+    if complaint is not None:
+        accelerator.wait_for_everyone()  # the run ends here too: as at the end of train.py
+        raise UserError(*complaint)
+    return result
 
 
 def process_group(timeout: float) -> list:

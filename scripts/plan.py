@@ -3,7 +3,8 @@
 import math
 from array import array
 
-from batching import LEARNT, MicroBatchSize, epoch_order, split_update
+from articles import evenly_spaced
+from batching import ARTICLE_LABELS, MicroBatchSize, epoch_order, split_update
 from memory import WAYS
 
 CHECKED_EXACTLY = 25_000  # rows; of larger files, lengths are told from no more than that
@@ -21,11 +22,11 @@ def measure_lengths(prompt, articles) -> dict:
     `row_tokens` and `row_titles` are those of each row measured; `first_title_cut` is the index of
     the first of them whose title is cut, or None.
     """
-    rows = range(0, len(articles), math.ceil(len(articles) / CHECKED_EXACTLY))
-    found = {"articles_cut": 0, "titles_cut": 0, "tokens": 0, "title_tokens": 0}
+    rows = evenly_spaced(len(articles), CHECKED_EXACTLY)
+    found = {"articles_cut": 0, "titles_cut": 0}
     row_tokens, row_titles, first_title_cut = array("I"), array("I"), None
     for start in range(0, len(rows), 1000):
-        indices = list(rows[start : start + 1000])
+        indices = rows[start : start + 1000]
         chunk = articles[indices]
         examples = prompt.encode_all(chunk["text"], chunk["title"])
         for index, example in zip(indices, examples, strict=True):
@@ -54,7 +55,7 @@ def largest_micro_batch(
     tokens, titles = lengths["row_tokens"], lengths["row_titles"]
     if args.prompt_loss_weight:
         pairs = zip(tokens, titles, strict=True)
-        titles = [title + min(LEARNT, length - title) for length, title in pairs]
+        titles = [title + min(ARTICLE_LABELS, length - title) for length, title in pairs]
     size = args.per_device_train_batch_size
     update_size = size * args.gradient_accumulation_steps * num_processes
     updates_per_epoch = math.ceil(len(tokens) / update_size)
@@ -95,7 +96,8 @@ def describe_plan(args, accelerator, adapted, prompt, checked, lengths, schedule
     updates, updates_per_epoch, warmup, cooldown = schedule
     weight, articles = args.prompt_loss_weight, ""
     if weight:
-        articles = f", and up to {LEARNT} of each article, for all of them at weight {weight:g}"
+        drawn = f"up to {ARTICLE_LABELS} of each article"
+        articles = f", and {drawn}, for all of them at weight {weight:g}"
     lines = {
         "articles": f"{checked['train'].rows:,} rows for training, {validation:,} for validation; "
         f"{about}{lengths['articles_cut']:,} training articles are cut to "

@@ -2,7 +2,7 @@
 
 Training and inference both come here, and only here: the prompt of inference is a prefix of the
 training ids by construction, because both are the same list. Ids are put together in pieces and
-never cut out of a tokenised whole, so that no tokeniser can merge across a border:
+never cut out of a tokenized whole, so that no tokenizer can merge across a border:
 
     [bos] + prefix + article (cut to the budget) + suffix   |   title + eos
     `------------------ prompt, no loss -----------------'      `- loss -'
@@ -27,7 +27,7 @@ ARTICLE = "{article}"
 PROBE = "L'Élysée, cœur « évacué »\u00a0: 3,5 % d’œuvres à Nîmes — où ? Ça, 1 200 €."
 # Some chat formats tell the date: today's would make another prompt of them every day.
 SAME_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
-TOGETHER = 128  # texts: what a tokenizer makes of them takes several times their ids
+TOGETHER = 128  # texts tokenized at a time: the tokenizer's objects take several times their ids
 ATTEMPTS = 8  # to break what a tokenizer puts together again
 BRACKETED = re.compile(r"<\|[^|<>\s]+\|>|<<?/?\w+>>?|\[/?[A-Z_]+\]")  # <|user|> <<SYS>> [/INST]
 
@@ -56,12 +56,12 @@ class Example:
     """The ids of one article and, in training, of its title."""
 
     ids: list[int]
-    num_prompt_ids: int  # the first so many carry no loss, unless `learnt` has them
+    num_prompt_ids: int  # the first so many carry no loss, unless they are in `article_labels`
     article_cut: bool
     title_cut: bool = False
     article: range = range(0)  # where its ids are
-    learnt: tuple[int, ...] = ()  # which of them carry loss all the same,
-    learnt_weight: float = 0.0  # and how much each, where an id of the title carries 1
+    article_labels: tuple[int, ...] = ()  # which of them carry loss all the same,
+    article_weight: float = 0.0  # and how much each, where an id of the title carries 1
 
     @property
     def num_title_ids(self) -> int:
@@ -97,6 +97,7 @@ class Ends:
 
     def ended(self, cut_ids: list[int]) -> bool:
         """Return whether what `cut` returned has come to an end."""
+        # With an end behind it, `cut` returns the same only of what had ended before.
         return cut_ids[-1] in self.ids or self.cut([*cut_ids, *self.ids]) == cut_ids
 
 
@@ -193,8 +194,8 @@ class Prompt:
         return Example(prompt_ids + title_ids, len(prompt_ids), article_cut, title_cut, where)
 
     def decode(self, new_ids: list[int]) -> str:
-        """Return the title in the ids that a model wrote after a prompt: their first line, up to
-        where it spells out a marker."""
+        """Return the title in the ids that a model wrote after a prompt: their first line, without
+        markers at its beginning, up to the next one."""
         text = self.tokenizer.decode(
             new_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
@@ -250,7 +251,7 @@ class Prompt:
     def _data_ids(self, texts: list[str], wanted: int, before: str = "") -> list[list[int]]:
         """Return the ids of data, the `wanted` first, and one more of a text that has more.
 
-        Only the head of a long text is tokenised: a page of 10 MB would take its time, and most
+        Only the head of a long text is tokenized: a page of 10 MB would take its time, and most
         of it is cut off anyway.
         """
         found, characters = [], 8 * (wanted + self.margin)
@@ -391,7 +392,7 @@ def _markers(tokenizer, rendered: str, suffix: str) -> re.Pattern:
     after_article = suffix.split("\n", 1)[0].strip()  # "ASSISTANT:" of a template in one line
     if after_article.endswith(":"):
         markers.add(after_article)
-    # What has no two characters has no inside to break; it is plain text in data all the same.
+    # Shorter ones, such as "A:", stand in too many articles to be broken in all of them.
     markers = {marker.strip() for marker in markers if len(marker.strip()) > 2}
     longest_first = sorted(map(re.escape, markers), key=len, reverse=True)
     return re.compile("|".join(longest_first) or r"(?!)")  # (?!) matches nothing

@@ -55,7 +55,7 @@ def write_report(path: Path, scores: dict, runs: dict, figures=None, sample=None
     parts += [run_section(f"run-{n}", folder, *runs[folder]) for n, folder in enumerate(runs)]
     if scores:
         parts += [browser(scores, sample), notes(scores)]
-    data = payload(scores, figures, sample) if scores else {}
+    data = payload(figures, sample) if scores else {}
     # Text in a script element ends at "</script", and may not hold "<!--".
     data = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     template = TEMPLATE.read_text(encoding="utf-8")
@@ -290,7 +290,7 @@ placeholder="in titles and articles"></label>
 </section>"""
 
 
-def payload(scores: dict, figures: dict, sample: dict) -> dict:
+def payload(figures: dict, sample: dict) -> dict:
     """Return what the list shows, by row: ID, article, titles, ROUGE-L and flags."""
     names = list(sample["titles"])
     systems = [name for name in names if name is not None]

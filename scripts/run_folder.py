@@ -2,7 +2,8 @@
 
 A run folder describes itself: whoever has it can infer and merge without the command that made
 it. It holds the adapter, the tokenizer, `run_config.json`, `metrics.jsonl`, a model card and
-`checkpoints/`. A merged folder is an ordinary model folder with the same `run_config.json`.
+`checkpoints/`. A merged folder is an ordinary model folder, with what the run recorded in its own
+`run_config.json`.
 """
 
 import fcntl
@@ -29,7 +30,10 @@ LOCK = ".lock"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"  # of a checkpoint, beside its adapter
-BEFORE_THEY_EXISTED = {"prompt_loss_weight": 0.0, "cooldown_ratio": 0.0}  # arguments of train.py
+DEFAULTS_OF_NEWER_ARGUMENTS = {
+    "prompt_loss_weight": 0.0,
+    "cooldown_ratio": 0.0,
+}  # arguments of train.py
 RECORDED = {"arguments": dict, "prompt": dict, "data": dict}
 RECORDED |= {"kind": str, "base_model": str, "base_fingerprint": str, "articles_per_update": int}
 PROMPT_SETTINGS = {"template": str, "apply_chat_template": bool, "ids_sha256": str}
@@ -309,7 +313,7 @@ def check_tracker(report_to: str) -> None:
         )
 
 
-def start_run(args, prompt, base_folder: Path, checked: dict, update_size: int) -> dict:
+def make_run_config(args, prompt, base_folder: Path, checked: dict, update_size: int) -> dict:
     """Return the record of a training run: all that infer and merge need, and how it came about."""
     return {
         "kind": "adapter",
@@ -335,6 +339,7 @@ def write_run(output_dir: Path, run_config: dict, tokenizer, state: dict) -> Non
         if (output_dir / ADAPTER_WEIGHTS).exists():  # of a run that ended; it stays until the next
             before = read_run_config(str(output_dir))
             run_config["adapter_step"] = before.get("adapter_step")
+            run_config["memory"]["measured_peak"] = before.get("memory", {}).get("measured_peak", 0)
         write_json(output_dir / RUN_CONFIG, run_config)
         tokenizer.save_pretrained(output_dir)
         metrics = output_dir / METRICS

@@ -8,16 +8,15 @@ flags.jsonl and report.html. Titles are paired by ID, or by row where there are 
 titles, give --articles: all but the scores is there. Predictions may come from anywhere.
 """
 
-import argparse
 import importlib.metadata
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from articles import SUFFIXES, Checked, Columns, check_articles, iterate_articles
+from articles import SUFFIXES, Checked, Columns, check_articles, evenly_spaced, iterate_articles
 from baselines import check_baselines
-from exit_codes import UserError, note, run, writing
+from exit_codes import ArgumentParser, UserError, note, run, writing
 from model_card import write_results
 from run_folder import read_metrics, read_run_config, write_json
 
@@ -31,10 +30,8 @@ BASELINES_HELP = "any of lead1, first40 (or another number), ext-oracle"
 RUNS_HELP = "of train.py or merge.py: curves, memory; results into their cards"
 
 
-def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+def parse_args(argv=None):
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument_group("files").add_argument
     add("--references", metavar="FILE", help="the true titles")
     add("--predictions", nargs="+", default=[], metavar="[NAME=]FILE", help="titles, by system")
@@ -288,7 +285,7 @@ def score_files(args, names, ids, references, predictions, articles, checked, de
     evenly spaced rows with their IDs, articles and titles."""
     from title_figures import describe, measure
 
-    sample = range(0, len(ids), max(1, -(-len(ids) // SHOWN_ROWS)))
+    sample = evenly_spaced(len(ids), SHOWN_ROWS)
     cut = {name: found["cut"] for name, found in details.items() if found}
     texts = articles and iterate_texts(*articles)
     figures, texts, written = measure(references, predictions, cut, texts, args.baselines, sample)
@@ -335,7 +332,7 @@ def add_rouge(scores: dict, figures: dict, compare_to: str) -> None:
     from intervals import CONFIDENCE, RESAMPLES, SEED, Bootstrap
     from title_figures import ROUGE_TYPES, import_rouge
 
-    import_rouge()
+    import_rouge()  # without transformers; from here on, what it imports is there
     from title_rouge import TOKENIZER_NAMES
 
     keys = [

@@ -16,8 +16,8 @@ from exit_codes import UserError
 # What train.py counts on: key of fsdp_config, what it must be, what it is if nobody says, and why.
 SETTINGS = (
     ("version", "2", "1", "a layer's 4-bit base and fp32 adapter would have to be of one type"),
-    ("auto_wrap_policy", "transformer_based_wrap", "no_wrap", "all would be put together at once"),
-    ("reshard_after_forward", "true", "true", "all layers would stay put together"),
+    ("auto_wrap_policy", "transformer_based_wrap", "no_wrap", "all would be all-gathered at once"),
+    ("reshard_after_forward", "true", "true", "all layers would stay all-gathered"),
     ("cpu_ram_efficient_loading", "false", "false", "weights would be empty beyond one process"),
     ("offload_params", "false", "false", "that was never tried with 4-bit weights"),
     ("activation_checkpointing", "false", "false", "--activation_checkpointing decides that"),
@@ -29,7 +29,7 @@ def is_asked_for() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
-def check_config() -> None:
+def check_fsdp_config() -> None:
     """Refuse settings of FSDP that this does not work with, by what `accelerate launch` exports.
 
     Raises:
@@ -58,7 +58,7 @@ def fsdp_plugin():
     return FullyShardedDataParallelPlugin(mixed_precision_policy=MixedPrecisionPolicy())
 
 
-def turn_on(accelerator, plugin) -> bool:
+def enable_fsdp(accelerator, plugin) -> bool:
     """Return whether models are to be sharded, having told Accelerate so on a CPU.
 
     There it takes processes for data parallel ones whatever the config; torch shards there too.
@@ -81,7 +81,7 @@ def turn_on(accelerator, plugin) -> bool:
 
 
 def layers_of(model) -> list:
-    """Return the modules that are put together one at a time."""
+    """Return the decoder layers, which FSDP all-gathers one at a time."""
     names = set(getattr(model, "_no_split_modules", None) or ())
     return [module for module in model.modules() if type(module).__name__ in names]
 
@@ -95,7 +95,7 @@ def check_shardable(model, folder) -> None:
     if not layers_of(model):
         raise UserError(
             folder,
-            f"{type(model).__name__} does not name its layers, which FSDP would put together one "
+            f"{type(model).__name__} does not name its layers, which FSDP would all-gather one "
             "by one",
             "use accelerate_configs/multi_gpu.yaml",
         )
@@ -136,7 +136,7 @@ def shard(accelerator, model, optimizer, folder):
     """Return base with adapter, sharded, and the prepared optimizer, which updates the shards.
 
     What is sharded is the model inside of PEFT's wrapper: the wrapper adds nothing to LoRA, and
-    `generate` calls what is inside, which has to be what puts weights together.
+    `generate` calls what is inside, which has to be what all-gathers weights.
 
     Args:
         model: PEFT's, in main memory.
@@ -159,7 +159,7 @@ def shard(accelerator, model, optimizer, folder):
 def in_step(model):
     """Let each process run a sharded model as often as it needs to; without gradients.
 
-    A layer is put together by all processes, so all must run as often. Before each forward pass
+    A layer is all-gathered by all processes, so all must run as often. Before each forward pass
     they ask one another who is running; who has nothing to do any more runs a token until nobody
     does. Any other model is left alone.
     """

@@ -1,9 +1,7 @@
 """Stopping when asked to: by a signal, by a time limit, or by the file that the launchers make."""
 
-import errno
 import os
 import signal
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -19,8 +17,8 @@ class StopRequest:
 
     From `listen()` on, a first SIGTERM, SIGINT or SIGUSR1 only asks: the script looks at `asked()`
     where nothing is half done. A second one ends the process at once. The file that STOP_FILE names
-    asks as well: the launchers make it, for `accelerate launch` passes SIGUSR1 on to nobody. It is
-    no first signal: where a scheduler signals all processes, it comes about with the only one.
+    asks as well: the launchers make it, for `accelerate launch` passes SIGUSR1 on to nobody. That
+    is no first signal: a scheduler that signals all processes signals the launcher too.
 
     Args:
         max_time: minutes from now on after which it counts as asked; None for no limit.
@@ -31,9 +29,8 @@ class StopRequest:
         self.start = time.monotonic()
         self.file = os.environ.get("STOP_FILE")
         self.signal = None  # that asked
-        self.when = None  # it did
+        self.when = None  # time of that signal
         self.handlers = {}  # of before
-        self.streams = sys.stdout, sys.stderr
 
     def __enter__(self):
         # The launchers' `accelerate` ignores signals, which is inherited. Until `listen()`, they
@@ -41,16 +38,12 @@ class StopRequest:
         for number in SIGNALS:
             if signal.getsignal(number) == signal.SIG_IGN:
                 signal.signal(number, signal.SIG_DFL)
-        sys.stdout, sys.stderr = map(Unread, self.streams)  # whose reader may go at any time
         return self
 
     def __exit__(self, *_):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.handlers = {}
-        for stream in map(Unread, self.streams):  # or Python's last flush may be what fails
-            stream.flush()
-        sys.stdout, sys.stderr = self.streams
 
     def listen(self) -> None:
         """Take signals as requests from now on."""
@@ -87,32 +80,3 @@ class StopRequest:
             message = b"\nstopping as soon as nothing is half done; once more to stop at once\n"
             with suppress(OSError):  # nobody reads it any more
                 os.write(2, message)
-
-
-class Unread:
-    """A stream that may lose its reader: `tee`, which Ctrl-C ends too, or a terminal that closes.
-
-    A training must not end for that, before it has saved. What is written then goes nowhere.
-    """
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> int:
-        self._try(self.stream.write, text)
-        return len(text)
-
-    def flush(self) -> None:
-        self._try(self.stream.flush)
-
-    def _try(self, action, *arguments) -> None:
-        try:
-            action(*arguments)
-        except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):
-                raise
-            with open(os.devnull, "w") as nowhere:  # for what is still buffered, and Python's end
-                os.dup2(nowhere.fileno(), self.stream.fileno())

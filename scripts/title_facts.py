@@ -14,7 +14,7 @@ from collections import Counter
 # among the neighbours of French (Occitan, Walloon, Catalan): of the first 3 words of 1,500 real
 # titles it takes 86 % for French, 95 % when it chooses among these, and all 1,500 whole ones.
 # It always chooses: a title of one or two words is a guess, and so is one of names only.
-LANGUAGES = ("ar", "de", "en", "es", "fr", "it", "nl", "pt", "ru", "zh")
+CANDIDATES = ("ar", "de", "en", "es", "fr", "it", "nl", "pt", "ru", "zh")
 WORD = re.compile(r"[^\W_]+")
 LOOP_WORDS, LOOP_TIMES = 3, 3  # three words in a row, three times or more anywhere
 NGRAMS = (1, 2, 3, 4)  # as in the tables of OrangeSum (arXiv 2010.12321)
@@ -64,7 +64,7 @@ def count_words(title: str) -> int:
 def language_classifier():
     import py3langid
 
-    py3langid.set_languages(LANGUAGES)
+    py3langid.set_languages(CANDIDATES)
     return py3langid.classify
 
 

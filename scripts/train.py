@@ -16,13 +16,14 @@ from collections import deque
 from contextlib import nullcontext
 from pathlib import Path
 
-from articles import Columns, check_articles, open_articles
-from exit_codes import STOPPED, UserError, keep_group, note, printable, run
+import sharding
+from articles import Columns, check_articles, evenly_spaced, open_articles
+from exit_codes import STOPPED, ArgumentParser, UserError, keep_group, note, printable, run
 from hub import check_hub, push
 from hygiene import Survey, report_rows, report_titles
 from libraries import quick_imports
 from machine import check_devices, free_memory
-from nodes import Nodes, process_group
+from nodes import Nodes, from_main_process, process_group
 from prompting import PROMPTS, Prompt, load_tokenizer, read_template
 from run_folder import (
     LOCK,
@@ -33,28 +34,25 @@ from run_folder import (
     locked,
     log_metrics,
     log_titles,
+    make_run_config,
     resolve_model_folder,
-    start_run,
     write_run,
 )
-from sharding import check_config
 from stopping import StopRequest
 
 LOGGED_TITLES = 16  # of each evaluation, that a tracker is given as text
 MAX_SKIPPED_IN_A_ROW = 5  # updates whose gradient is not finite, before the run gives up
-
+UNPACKED = "this model takes no packed rows"
 
 WEIGHTS_HELP = "QLoRA; the same, dequantized once: faster, larger; plain LoRA"
 COOLDOWN_HELP = "share of the updates, the last ones, over which it falls to 0"
-PROMPT_LOSS_HELP = "of an article's token in the loss, where a title's is 1"
+PROMPT_LOSS_HELP = "weight of an article's token in the loss; a title's is 1"
+BEST_HELP = "figure of the validation that chooses the adapter"
 CHECKPOINTING_HELP = "auto: what memory asks for; none, full, or a number N for every Nth layer"
 
 
 def parse_args(argv=None):
-    # Without a usage line, a complaint of argparse is one line.
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = ArgumentParser(__doc__)
     flag = argparse.BooleanOptionalAction
     add = parser.add_argument_group("model").add_argument
     add("--model_name_or_path", required=True, help="local folder or Hub id of the base")
@@ -67,7 +65,7 @@ def parse_args(argv=None):
     add("--text_column", default="text", help="column of the articles")
     add("--title_column", default="titles", help="column of the titles")
     add("--max_length", type=int, default=1024, help="tokens of prompt, title and EOS together")
-    add("--max_title_tokens", type=int, default=128, help="of these, kept for title and EOS")
+    add("--max_title_tokens", type=int, default=128, help="of these, reserved for title and EOS")
     add = parser.add_argument_group("lora").add_argument
     add("--lora_r", type=int, default=64, help="rank")
     add("--lora_alpha", type=int, default=16, help="the update is scaled by alpha / rank")
@@ -85,16 +83,16 @@ def parse_args(argv=None):
     add("--max_grad_norm", type=float, default=0.3, help="larger gradients are scaled down to it")
     add("--activation_checkpointing", default="auto", metavar="WHEN", help=CHECKPOINTING_HELP)
     add("--mixed_precision", choices=["bf16", "no"], default="bf16", help="no: all in fp32")
-    add("--seed", type=int, default=42, help="of LoRA's first values, the order and dropout")
+    add("--seed", type=int, default=42, help="of LoRA's first values, the articles' order, dropout")
     add = parser.add_argument_group("logging and output").add_argument
     add("--output_dir", required=True, help="the run's folder, new or empty")
-    add("--checkpointing_steps", type=int, help="a checkpoint every N updates too")
+    add("--checkpointing_steps", type=int, help="checkpoint and evaluate every N updates too")
     add("--save_total_limit", type=int, help="newest checkpoints to keep, beside the best")
     add("--resume_from_checkpoint", help="'latest' or a checkpoint of this run")
-    add("--resume_anyway", action="store_true", help="even with other settings or data")
+    add("--resume_anyway", action=flag, default=False, help="even with other settings or data")
     add("--max_time", type=float, help="minutes after which to save, and stop with exit code 75")
     add("--ddp_timeout", type=float, default=1800, help="seconds processes wait for each other")
-    add("--metric_for_best_model", choices=["loss", "rougeL"], default="loss", help="validation's")
+    add("--metric_for_best_model", choices=["loss", "rougeL"], default="loss", help=BEST_HELP)
     add("--num_eval_titles", type=int, default=32, help="validation titles to write and score")
     add("--report_to", choices=["none", "tensorboard", "wandb"], default="none", help="tracker")
     add("--push_to_hub", metavar="OWNER/NAME", help="at the end, as a private model of the Hub")
@@ -142,7 +140,7 @@ def main(argv=None):
     }
     base_folder = resolve_model_folder(args.model_name_or_path)
     check_devices()
-    check_config()
+    sharding.check_fsdp_config()
     tokenizer = load_tokenizer(str(base_folder))
     prompt = Prompt(
         tokenizer, template, args.apply_chat_template, args.max_length, args.max_title_tokens
@@ -170,47 +168,19 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
         from peft import LoraConfig, get_peft_model
         from torch.optim import AdamW
 
-        from batching import deal, dropout_seed, epoch_order, learn_articles_too, pack, pad_left
-        from checkpoints import (
-            find_checkpoint,
-            first_state,
-            give_up,
-            load_checkpoint,
-            on_main_process,
-            record_evaluation,
-            save_adapter,
-            save_checkpoint,
-            save_what_is_left,
-            set_later_ones_aside,
-        )
-        from memory import describe_peak, peak_memory, plan_memory
-        from modeling import (
-            adapted_skeleton,
-            check_kind,
-            check_targets,
-            checkpoint_layers,
-            dequantize_base,
-            fuse_lora,
-            load_base,
-            skeleton,
-        )
-        from packing import never_packed, use_packed_attention
-        from plan import (
-            PACE,
-            describe_memory,
-            describe_plan,
-            describe_time,
-            largest_micro_batch,
-            measure_lengths,
-        )
-        from sharding import Whole, check_shardable, fsdp_plugin, shard, turn_on
+        import batching
+        import checkpoints
+        import memory
+        import modeling
+        import packing
+        import plan
 
-    # ------------------------------------------------------------------ accelerator and seed
+    # ------------------------------------------------------------------ accelerator
     # The update is spelled out below. Accelerate must not count micro-batches of its own, which
     # this variable would make it do behind the script's back.
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
     output_dir = Path(args.output_dir)
-    plugin = fsdp_plugin()  # None, unless the config of `accelerate launch` has FSDP
+    plugin = sharding.fsdp_plugin()  # None, unless the config of `accelerate launch` has FSDP
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
@@ -219,28 +189,30 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
         kwargs_handlers=process_group(args.ddp_timeout),
     )
     keep_group()
-    sharded = turn_on(accelerator, plugin)
+    device, num_processes = accelerator.device, accelerator.num_processes
+    sharded = sharding.enable_fsdp(accelerator, plugin)
     print_once = accelerator.on_main_process(print)  # its own print() does so once per node
     torch.backends.cuda.matmul.fp32_precision = "tf32"  # for what stays in fp32
 
     # ------------------------------------------------------------------ articles
     train_articles = open_articles(args.train_file, columns)
-    lengths = measure_lengths(prompt, train_articles)
+    lengths = plan.measure_lengths(prompt, train_articles)
     report_titles(surveys["train"], lengths, args.max_title_tokens)
     validation_articles = None
     if args.validation_file:
         validation_articles = open_articles(args.validation_file, columns, "validation")
-        measured = measure_lengths(prompt, validation_articles)
+        measured = plan.measure_lengths(prompt, validation_articles)
         report_titles(surveys["validation"], measured, args.max_title_tokens)
-    update_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    update_size *= accelerator.num_processes
-    run_config = start_run(args, prompt, base_folder, checked, update_size)
+    articles_per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    articles_per_update *= num_processes
+    run_config = make_run_config(args, prompt, base_folder, checked, articles_per_update)
     run_config["hygiene"] = {split: survey.counts for split, survey in surveys.items()}
     # What one process takes for whole, another may not see yet, on a disk of several nodes.
-    checkpoint = on_main_process(accelerator, find_checkpoint, args, run_config)
+    checkpoint = from_main_process(accelerator, checkpoints.find_checkpoint, args, run_config)
 
     # ------------------------------------------------------------------ plan
-    updates_per_epoch = math.ceil(len(train_articles) / update_size)  # the tail is an update too
+    # An epoch's last articles are an update too, however few.
+    updates_per_epoch = math.ceil(len(train_articles) / articles_per_update)
     num_training_steps = updates_per_epoch * args.num_train_epochs
     num_training_steps = min(num_training_steps, args.max_train_steps or num_training_steps)
     num_warmup_steps = math.ceil(args.warmup_ratio * num_training_steps)
@@ -248,100 +220,101 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
     schedule = (num_training_steps, updates_per_epoch, num_warmup_steps, num_cooldown_steps)
     dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
     nf4 = args.base_weights != "bf16"
-    base = weightless = skeleton(str(base_folder), dtype, tell=True)
-    check_kind(base, args.model_name_or_path, nf4, lora=True, longest=args.max_length)
+    skeleton = modeling.skeleton(str(base_folder), dtype, tell=True)  # the base without weights
+    modeling.check_kind(skeleton, args.model_name_or_path, nf4, lora=True, longest=args.max_length)
     if sharded:
-        check_shardable(base, base_folder)
+        sharding.check_shardable(skeleton, base_folder)
     lora_config = LoraConfig(
         task_type="CAUSAL_LM",
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules=check_targets(base, args.target_modules),
+        target_modules=modeling.check_targets(skeleton, args.target_modules),
     )
-    adapted = adapted_skeleton(base, lora_config)
-
-    device, processes = accelerator.device, accelerator.num_processes
-    shards, room = processes if sharded else 1, free_memory(device)
+    adapted = modeling.adapted_skeleton(skeleton, lora_config)
+    shards = num_processes if sharded else 1
+    room = free_memory(device)
 
     def expect(padded: bool) -> dict:
-        """Return what `plan_memory` says of this run, and keep it in its record."""
-        largest = largest_micro_batch(lengths, args, processes, num_training_steps, padded)
-        found = plan_memory(weightless, lora_config, args, device, largest, shards, room)
-        [found] = broadcast_object_list([found])  # others may have seen other free memory
-        if found["this_run"] is None and not padded:
-            return expect(padded=True)
-        run_config["memory"] = found | {"padded": padded}
-        return run_config["memory"]
+        """Return what `memory.plan_memory` says of this run."""
+        size = plan.largest_micro_batch(lengths, args, num_processes, num_training_steps, padded)
+        expected = memory.plan_memory(skeleton, lora_config, args, device, size, shards, room)
+        [expected] = broadcast_object_list([expected])  # others may have seen other free memory
+        return expected | {"padded": padded}
 
-    unpacked = never_packed(base.config, args.max_length)
-    if unpacked:
-        describe_padding(args, unpacked)  # or a complaint, before anything is loaded
-    memory = expect(padded=bool(unpacked))
-    plan = describe_plan(args, accelerator, adapted, prompt, checked, lengths, schedule, memory)
-    print_once(plan, flush=True)
+    unpacked = packing.never_packed(skeleton.config, args.max_length)  # why not, or None
+    if unpacked and args.prompt_loss_weight:
+        raise needs_packed_rows(unpacked)
+    expected = expect(padded=bool(unpacked))
+    if expected["this_run"] is None and not unpacked:
+        expected = expect(padded=True)
+    counts = (adapted, prompt, checked, lengths, schedule, expected)
+    print_once(plan.describe_plan(args, accelerator, *counts), flush=True)
 
     # ------------------------------------------------------------------ 4-bit base
     # NF4 with double quantization, multiplied in bf16: asked for by `nf4_config` in modeling.py,
     # which infer.py shares, and checked there on every loaded layer.
-    base = load_base(str(base_folder), accelerator.device, dtype, nf4, sharded)
+    base = modeling.load_base(str(base_folder), device, dtype, nf4, sharded)
     if args.base_weights == "nf4-bf16":
-        dequantize_base(base)
+        modeling.dequantize_base(base)
 
     # ------------------------------------------------------------------ LoRA
-    # Embeddings, norms and head stay in bf16 (prepare_model_for_kbit_training would copy them to
-    # fp32, at twice the memory). The adapter is fp32, for it is what AdamW updates.
+    # Embeddings, norms and head stay as they were loaded (prepare_model_for_kbit_training would
+    # copy them to fp32, at twice the memory). The adapter is fp32, for AdamW updates it.
     set_seed(args.seed)  # the same on every process, so that LoRA begins alike everywhere
     model = get_peft_model(base, lora_config)
-    fuse_lora(model)
+    modeling.fuse_lora(model)  # PEFT's W x + (alpha / r) B A dropout(x), in fewer steps
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     # ------------------------------------------------------------------ optimizer
     if sharded:  # bitsandbytes' kernels know no shards; the rule of an update is the same
-        fused = accelerator.device.type == "cuda"
+        fused = device.type == "cuda"
         adamw = AdamW(trainable, lr=args.learning_rate, weight_decay=0.0, fused=fused)
     else:
         adamw = PagedAdamW32bit(trainable, lr=args.learning_rate, weight_decay=0.0)
 
     # ------------------------------------------------------------------ prepare
-    state = first_state()
+    state = checkpoints.first_state()
     if sharded:
-        model, optimizer = shard(accelerator, model, adamw, base_folder)
-        whole = Whole(weightless, lora_config, model, adamw)
+        model, optimizer = sharding.shard(accelerator, model, adamw, base_folder)
+        whole = sharding.Whole(skeleton, lora_config, model, adamw)
     else:
         model, optimizer = accelerator.prepare(model, adamw)
     unwrapped = accelerator.unwrap_model(model)
     attention = unwrapped.config._attn_implementation
     with accelerator.autocast():
-        why_not = use_packed_attention(unwrapped.eval(), args.max_length)
-    # All, or none: another GPU may have other kernels.
-    why_not, make_batch = next(filter(None, gather_object([why_not])), None), pack
+        why_not = packing.use_packed_attention(unwrapped.eval(), args.max_length)
+    reasons = gather_object([why_not])  # all pack, or none: another GPU may have other kernels
+    why_not = next((reason for reason in reasons if reason), None)
+    make_batch = batching.pad_left if why_not else batching.pack
     if why_not:
+        if args.prompt_loss_weight:
+            raise needs_packed_rows(why_not)
         unwrapped.set_attn_implementation(attention)
-        make_batch, what = pad_left, describe_padding(args, why_not)
-        if not memory["padded"]:
-            memory = expect(padded=True)
-            what += f": {describe_memory(memory)}"
-        note(what)
-    checkpoint_layers(base, memory["checkpointed_every"])
+        padding = f"{UNPACKED} ({why_not}); shorter articles of a micro-batch are padded"
+        if not expected["padded"]:
+            expected = expect(padded=True)
+            padding += f": {plan.describe_memory(expected)}"
+        note(padding)
+    run_config["memory"] = expected
+    modeling.checkpoint_layers(base, expected["checkpointed_every"])
 
     def saved() -> tuple:
-        """Return model and optimizer as checkpoints.py takes them; under FSDP, put together."""
+        """Return model and optimizer as checkpoints.py takes them; under FSDP, all-gathered."""
         return whole.gather() if sharded else (unwrapped, adamw)
 
     if checkpoint is not None:
         # After prepare, which would copy paged states into ordinary GPU memory.
-        [state] = broadcast_object_list([load_checkpoint(checkpoint, *saved())])
+        [state] = broadcast_object_list([checkpoints.load_checkpoint(checkpoint, *saved())])
         if sharded:
             whole.scatter()
     unfinished = state["completed_steps"] < num_training_steps
-    on_main_process(
-        accelerator, set_later_ones_aside, output_dir, state["completed_steps"], unfinished
-    )
-    on_main_process(accelerator, write_run, output_dir, run_config, prompt.tokenizer, state)
-    accelerator.init_trackers("manchette", {k: str(v) for k, v in vars(args).items()})
-    if accelerator.device.type == "cuda":
-        print_once(f"{'loaded':10} {describe_peak(accelerator.device)}")
+    done = (output_dir, state["completed_steps"], unfinished)
+    from_main_process(accelerator, checkpoints.set_later_ones_aside, *done)
+    from_main_process(accelerator, write_run, output_dir, run_config, prompt.tokenizer, state)
+    accelerator.init_trackers("manchette", tracked(args))
+    if device.type == "cuda":
+        print_once(f"{'loaded':10} {memory.describe_peak(device)}")
 
     # ------------------------------------------------------------------ train
     def milestone(step: int) -> bool:
@@ -357,17 +330,19 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
             return False
         state["evaluated_steps"] = state["completed_steps"]
         limit = args.save_total_limit
-        on_main_process(accelerator, record_evaluation, output_dir, state, limit)
+        from_main_process(accelerator, checkpoints.record_evaluation, output_dir, state, limit)
         return True
 
     def read_update(step: int) -> list:
         """Return the articles of an update with their titles, as ids."""
         epoch, update = divmod(step, updates_per_epoch)
-        order = epoch_order(len(train_articles), args.seed, epoch)
-        rows = train_articles[order[update * update_size : (update + 1) * update_size].tolist()]
+        order = batching.epoch_order(len(train_articles), args.seed, epoch)
+        order = order[update * articles_per_update : (update + 1) * articles_per_update]
+        rows = train_articles[order.tolist()]
         examples = prompt.encode_all(rows["text"], rows["title"])
         if args.prompt_loss_weight:
-            examples = learn_articles_too(examples, args.prompt_loss_weight, args.seed, step)
+            weight = args.prompt_loss_weight
+            examples = batching.learn_articles_too(examples, weight, args.seed, step)
         return examples
 
     stop.listen()  # from here on there is something to lose
@@ -378,15 +353,16 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
         unit="update",
         disable=not accelerator.is_main_process,
     )
-    recent = deque(maxlen=PACE)
+    recent = deque(maxlen=plan.PACE)
     stopping = False
     if state["evaluated_steps"] < state["completed_steps"] and milestone(state["completed_steps"]):
-        # The run was stopped before or in it. Were it to stop for its time again, it never got on.
+        # A stop came before or in this evaluation. The time limit does not count here: a start that
+        # is too short for it would never get on.
         stopping = not evaluate_and_record(stop.asked_by_others)
     first_step, next_examples = state["completed_steps"], None
     # Should another node be lost, all that was done by then is on the first process.
-    mine = (output_dir, unwrapped, adamw, state, first_step)
-    nodes.on_loss(lambda: save_what_is_left(*mine, sharded))
+    there = (output_dir, unwrapped, adamw, state, first_step, sharded)
+    nodes.on_loss(lambda: checkpoints.save_what_is_left(*there))
     for step in range(first_step, num_training_steps):
         if stopping:
             break
@@ -395,33 +371,30 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
         examples = next_examples or read_update(step)
         # Every process knows the whole update, and so what its own share of it weighs.
         num_title_tokens = sum(example.num_title_ids for example in examples)
-        micro_batches = deal(
-            examples,
-            args.per_device_train_batch_size,
-            accelerator.process_index,
-            accelerator.num_processes,
+        micro_batches = batching.deal(
+            examples, args.per_device_train_batch_size, accelerator.process_index, num_processes
         )
 
         # -------------------------------------------------------------- one update
-        torch.manual_seed(dropout_seed(args.seed, step, accelerator.process_index))
-        # Linear warm-up, then constant; (step + 1), for a first update at 0 would be lost. If there
-        # is a cooldown, linear to 0 over the last updates (arXiv 2405.18392).
+        torch.manual_seed(batching.dropout_seed(args.seed, step, accelerator.process_index))
+        # Linear warm-up, then constant; (step + 1), or the first update would have a rate of 0. If
+        # there is a cooldown, linear to 0 over the last updates (arXiv 2405.18392).
         warm = (step + 1) / max(1, num_warmup_steps)
         cool = (num_training_steps - step) / (num_cooldown_steps + 1)
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * min(1.0, warm, cool)
-        loss_sum = torch.zeros((), device=accelerator.device)
+        loss_sum = torch.zeros((), device=device)
         for micro_step, micro_batch in enumerate(micro_batches, start=1):
             # Gradients travel once, with the last micro-batch; to shards always, or each process
             # would keep the whole of them.
             last = micro_step == len(micro_batches)
             with nullcontext() if last or sharded else accelerator.no_sync(model):
                 with accelerator.autocast():
-                    loss = title_loss(model, make_batch(micro_batch, accelerator.device))
+                    batch_loss = title_loss(model, make_batch(micro_batch, device))
                 # Divided by the title tokens of the whole update, so that each counts the same
-                # however the update is split. (DDP takes the mean over processes: undo that.)
-                accelerator.backward(loss * accelerator.num_processes / num_title_tokens)
-            loss_sum += loss.detach()
+                # however it is split. (DDP and FSDP take the mean over processes: undo that.)
+                accelerator.backward(batch_loss * num_processes / num_title_tokens)
+            loss_sum += batch_loss.detach()
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         if sharded:
             grad_norm = grad_norm.full_tensor()
@@ -433,8 +406,8 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
         loss, num_asked = sums[0].item() / num_title_tokens, sums[1].item()
         if finite := math.isfinite(loss) and bool(grad_norm.isfinite()):
             optimizer.step()
-        # Where gradients are exchanged they are kept in place (see `process_group`), else freed.
-        optimizer.zero_grad(set_to_none=sharded or accelerator.num_processes == 1)
+        # DDP keeps gradients in its own buckets (see `process_group`): zeroed there, else freed.
+        optimizer.zero_grad(set_to_none=sharded or num_processes == 1)
         # --------------------------------------------------------------
 
         metrics = {
@@ -456,58 +429,56 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
         )
         progress_bar.update()
         recent.append(metrics)
-        if step == first_step + PACE and step + 1 < num_training_steps:  # the first is a warm-up
-            print_once(describe_time(recent, lengths, step + 1, schedule))
+        # The first update, which is slower, does not count.
+        if step == first_step + plan.PACE and step + 1 < num_training_steps:
+            print_once(plan.describe_time(recent, lengths, step + 1, schedule))
         state["completed_steps"] = step + 1
         state["skipped_in_a_row"] = 0 if finite else state["skipped_in_a_row"] + 1
         if not finite:
             note(f"update {step + 1} skipped, its loss or gradient is not finite")
             state["skipped_steps"] += 1
         if state["skipped_in_a_row"] == MAX_SKIPPED_IN_A_ROW:
-            give_up(accelerator, output_dir, *saved(), state)
+            checkpoints.give_up(accelerator, output_dir, *saved(), state)
 
         # After each epoch, every N updates and at the end, a checkpoint and then an evaluation.
         stopping = num_asked > 0
         if stopping or milestone(step + 1):
-            on_main_process(accelerator, save_checkpoint, output_dir, *saved(), state)
+            save = checkpoints.save_checkpoint
+            from_main_process(accelerator, save, output_dir, *saved(), state)
         if not stopping and milestone(step + 1):
             stopping = not evaluate_and_record()
     progress_bar.close()
 
     # ------------------------------------------------------------------ save
     if not stopping:
-        peak = peak_memory(accelerator.device)
-        on_main_process(accelerator, save_adapter, saved()[0], state, peak, output_dir)
-    # Gloo's threads let go of a broadcast's tensors while this waits, for which they need Python's
-    # lock; where they do not, `keep_group` sees to it that nobody waits for them with that lock.
-    accelerator.wait_for_everyone()
+        what = (saved()[0], state, memory.peak_memory(device), output_dir)
+        from_main_process(accelerator, checkpoints.save_adapter, *what)
+    accelerator.wait_for_everyone()  # nobody leaves early, see `keep_group`
     accelerator.end_training()
     if stopping:
+        by = stop.reason() or "another process"
         print_once(
-            f"stopped after update {state['completed_steps']:,} of {num_training_steps:,}, with a "
-            "checkpoint; the same command with --resume_from_checkpoint latest goes on"
+            f"stopped by {by} after update {state['completed_steps']:,} of {num_training_steps:,}, "
+            "with a checkpoint; the same command with --resume_from_checkpoint latest goes on"
         )
         return STOPPED
 
     print_once(
         f"done: {output_dir}; {state['skipped_steps']:,} updates skipped, peak memory "
-        f"{describe_peak(accelerator.device)}"
+        f"{memory.describe_peak(device)}"
     )
     if args.push_to_hub and accelerator.is_main_process:
         push(args.output_dir, args.push_to_hub)
     return None
 
 
-def describe_padding(args, why: str) -> str:
-    """Return what is said of a model that takes no packed rows.
+def needs_packed_rows(why_not: str) -> UserError:
+    return UserError("--prompt_loss_weight", f"{UNPACKED} ({why_not})", "leave it out")
 
-    Raises:
-        UserError: the run has to have them.
-    """
-    what = f"this model takes no packed rows ({why})"
-    if args.prompt_loss_weight:
-        raise UserError("--prompt_loss_weight", what, "leave it out")
-    return f"{what}; shorter articles of a micro-batch are padded"
+
+def tracked(args) -> dict:
+    """Return the arguments as trackers take them: numbers and switches as such, else text."""
+    return {k: v if isinstance(v, int | float | str) else str(v) for k, v in vars(args).items()}
 
 
 def title_loss(model, batch):
@@ -522,7 +493,7 @@ def title_loss(model, batch):
     from batching import IGNORED
 
     inputs = {k: v for k, v in batch.items() if k not in ("labels", "weights", "of_titles")}
-    logits = model(**inputs, use_cache=False).logits.flatten(0, -2)  # where labels are, alone
+    logits = model(**inputs, use_cache=False).logits.flatten(0, -2)  # at label positions only
     labels, how = batch["labels"].flatten(), {"ignore_index": IGNORED}
     if (weights := batch.get("weights")) is None:
         return F.cross_entropy(logits.float(), labels, reduction="sum", **how)
@@ -537,36 +508,34 @@ def evaluate(accelerator, model, make_batch, prompt, articles, args, state, stop
     Returns False, and leaves everything as it was, once `stop_asked()` is true.
 
     Each process takes its share of the rows; the unwrapped model runs, for the shares may differ
-    by a batch and DDP would wait for it. Under FSDP, who has fewer runs along.
+    by a batch and DDP would wait for it. Under FSDP a process that is done runs along (`in_step`).
     """
     import torch
     from accelerate.utils import gather_object
 
-    from batching import deal
+    import batching
     from infer import generate_titles
-    from sharding import in_step
     from title_figures import rouge_means
 
     rank, world_size = accelerator.process_index, accelerator.num_processes
     unwrapped = accelerator.unwrap_model(model).eval()
     totals = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
-    with torch.no_grad(), accelerator.autocast(), in_step(unwrapped):
+    with torch.no_grad(), accelerator.autocast(), sharding.in_step(unwrapped):
         mine = list(range(rank, len(articles), world_size))
         for start in range(0, len(mine), 64):
             if stop_asked():  # before reading on: there may be a hundred thousand rows
                 break
             rows = articles[mine[start : start + 64]]
             examples = prompt.encode_all(rows["text"], rows["title"])
-            for micro_batch in deal(examples, args.per_device_train_batch_size):
+            for micro_batch in batching.deal(examples, args.per_device_train_batch_size):
                 if stop_asked():
                     break
                 batch = make_batch(micro_batch, accelerator.device)
                 totals[0] += title_loss(unwrapped, batch)
                 totals[1] += sum(example.num_title_ids for example in micro_batch)
         # Titles of evenly spaced rows, the same at every evaluation.
-        stride = max(1, len(articles) // max(1, args.num_eval_titles))
-        sample = range(0, len(articles), stride)[: args.num_eval_titles]
-        rows = articles[list(sample[rank::world_size])]
+        sample = evenly_spaced(len(articles), args.num_eval_titles)
+        rows = articles[sample[rank::world_size]]
         budget = args.per_device_train_batch_size * args.max_length  # no more than in training
         generated = dict(
             generate_titles(

@@ -585,3 +585,13 @@ def test_a_parquet_file_of_one_row_group_is_not_read_whole(tmp_path):
         if number % 100 == 0:
             peak = max(peak, pyarrow.total_allocated_bytes() - before)
     assert 0 < peak < (tmp_path / "a.parquet").stat().st_size / 3
+
+
+@pytest.mark.parametrize("rows", [1, 20, 31, 32, 33, 63, 64, 1001])
+def test_some_of_many_rows_are_spread_over_all_of_them(rows):
+    found = articles.evenly_spaced(rows, 32)
+    assert len(found) == min(rows, 32)
+    assert found[0] == 0
+    gaps = {b - a for a, b in zip(found, [*found[1:], rows], strict=True)}
+    assert gaps <= {max(1, rows // 32), max(1, -(-rows // 32))}
+    assert articles.evenly_spaced(rows, 0) == []

@@ -1,5 +1,6 @@
 """batching.py: order, dealing and padding. Run: python -m pytest tests/test_batching.py"""
 
+import dataclasses
 import itertools
 import random
 
@@ -7,8 +8,8 @@ import pytest
 import torch
 
 from batching import (
+    ARTICLE_LABELS,
     IGNORED,
-    LEARNT,
     deal,
     dropout_seed,
     epoch_order,
@@ -92,20 +93,22 @@ def test_of_long_articles_so_many_tokens_are_learnt_that_stand_for_all():
     bare = Example(list(range(9)), 5, False, article=range(0))
     drawn = [learn_articles_too([long, short, bare], 0.1, 7, step) for step in (3, 4)]
     for example, article in zip(drawn[0], (range(1, 940), range(10, 45), range(0)), strict=True):
-        assert list(example.learnt) == sorted(set(example.learnt) & set(article))
-        assert len(example.learnt) == min(LEARNT, len(article))
-        whole = len(example.learnt) * example.learnt_weight
+        assert list(example.article_labels) == sorted(set(example.article_labels) & set(article))
+        assert len(example.article_labels) == min(ARTICLE_LABELS, len(article))
+        whole = len(example.article_labels) * example.article_weight
         assert whole == pytest.approx(0.1 * len(article))
     assert drawn[0] == learn_articles_too([long, short, bare], 0.1, 7, 3)
-    assert drawn[0][0].learnt != drawn[1][0].learnt
-    assert drawn[0][0].learnt != learn_articles_too([long, short, bare], 0.1, 8, 3)[0].learnt
+    assert drawn[0][0].article_labels != drawn[1][0].article_labels
+    reseeded = learn_articles_too([long, short, bare], 0.1, 8, 3)
+    assert drawn[0][0].article_labels != reseeded[0].article_labels
     # In 60 updates, each token of the article had its turn.
-    turns = (learn_articles_too([long], 0.1, 7, step)[0].learnt for step in range(60))
+    turns = (learn_articles_too([long], 0.1, 7, step)[0].article_labels for step in range(60))
     assert set().union(*turns) == set(range(1, 940))
 
 
 def test_what_is_learnt_of_an_article_is_among_the_labels_with_its_weight():
-    some = Example([5, 6, 7, 0], 3, False, article=range(1, 3), learnt=(1, 2), learnt_weight=0.5)
+    some = Example([5, 6, 7, 0], 3, False, article=range(1, 3), article_labels=(1, 2))
+    some = dataclasses.replace(some, article_weight=0.5)
     batch = pack([Example([9, 8], 1, False), some], CPU)
     assert batch["input_ids"].tolist() == [[9, 8, 5, 6, 7, 0]]
     assert batch["logits_to_keep"].tolist() == [0, 2, 3, 4]

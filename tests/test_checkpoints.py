@@ -297,6 +297,7 @@ def test_all_differences_are_told_and_what_changes_no_result_is_free(run_dir):
     record["base_model"], record["commit"] = "elsewhere/model", "f00"
     record["arguments"] |= {"per_device_train_batch_size": 8, "train_file": "/data/train.csv"}
     record["arguments"] |= {"output_dir": "other", "gradient_accumulation_steps": 1}
+    record["arguments"] |= {"activation_checkpointing": "full"}  # as after a full memory
     record["data"]["train"]["path"] = "/data/train.csv"
     assert find(run_dir, "latest", record) == run_dir / "checkpoints/step-000010"
     record["arguments"] |= {"lora_r": 8, "learning_rate": 0.02}
@@ -394,7 +395,7 @@ def test_after_a_damaged_checkpoint_the_run_ends_with_the_same_bytes(
     call(train.main, *args, "--resume_from_checkpoint", "latest")
     printed = capsys.readouterr().out
     assert f"NOTE: resuming from {run_dir / 'checkpoints/step-000003'}" in printed
-    assert f"{run_dir / 'checkpoints/step-000009'} is of after that; kept as" in printed
+    assert f"{run_dir / 'checkpoints/step-000009'} was written after that; kept as" in printed
     assert names(run_dir) == ["step-000006", "step-000006.aside", "step-000009.aside"]
     assert not (run_dir / "adapter_model.safetensors.aside").exists()  # there was none
     for file in ("adapter_model.safetensors", "checkpoints/step-000006/optimizer.safetensors"):

@@ -1,6 +1,7 @@
 """memory.py: what training is to take, and what it took. Run: pytest tests/test_memory.py"""
 
 import argparse
+import functools
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from prompting import Example
 from train import title_loss
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-MICRO_BATCH = MicroBatchSize(tokens=1024, learnt=64)
+MICRO_BATCH = MicroBatchSize(tokens=1024, labels=64)
 
 
 def lora(base, dropout=0.0, r=16):
@@ -49,13 +50,35 @@ def expected(
     return memory.expected_peak(base, config, args, device, size, way, every, shards)
 
 
+TRACE = memory._trace
+
+
+@functools.cache
+def traced(base, dropout, r, of_args, *rest):
+    # Without what is no key: were it read, nothing could be traced.
+    names = ("mixed_precision", "gradient_accumulation_steps")
+    args = argparse.Namespace(**dict(zip(names, of_args, strict=True)))
+    return TRACE(base, lora(base, dropout, r), args, *rest)
+
+
+@pytest.fixture(autouse=True)
+def traced_once(monkeypatch):
+    """Tests ask for the same passes again and again, and each takes a second or more."""
+
+    def trace(base, config, args, *rest):
+        of_args = args.mixed_precision, args.gradient_accumulation_steps
+        return traced(base, config.lora_dropout, config.r, of_args, *rest)
+
+    monkeypatch.setattr(memory, "_trace", trace)
+
+
 @pytest.mark.parametrize("way", list(memory.WAYS))
 @pytest.mark.parametrize(
     ("every", "dropout", "precision"),
     [(0, 0.0, "bf16"), (1, 0.0, "bf16"), (2, 0.0, "bf16"), (0, 0.1, "bf16"), (0, 0.0, "no")],
 )
 def test_what_is_expected_is_what_the_same_micro_batch_takes(
-    folder, way, every, dropout, precision
+    folder, base, way, every, dropout, precision
 ):
     """The model with its weights, on several articles, counted by the same means. (On a CPU; asked
     for a GPU, where neither holes nor libraries are added.)"""
@@ -77,7 +100,7 @@ def test_what_is_expected_is_what_the_same_micro_batch_takes(
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             loss = title_loss(model, pack(examples, CPU))
         loss.backward()
-    base = skeleton(str(folder), torch.bfloat16 if precision == "bf16" else torch.float32)
+    base = base if precision == "bf16" else skeleton(str(folder), torch.float32)
     found = expected(base, way, every, dropout=dropout, mixed_precision=precision)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     linears = [p for p in model.parameters() if hasattr(p, "quant_state")]
@@ -224,8 +247,9 @@ def test_the_run_is_one_of_the_ways(base, weights, way):
     assert record["this_run"] == record["estimate"][way]
 
 
-def test_a_model_that_needs_content_has_no_estimate(base, monkeypatch):
+def test_a_model_that_needs_content_has_no_estimate(folder, monkeypatch):
     """And is checkpointed whole, to be safe."""
+    base = skeleton(str(folder), torch.bfloat16)  # one that no other test has traced
     forward = type(base).forward
 
     def looks_at_its_input(self, input_ids, **kwargs):

@@ -7,7 +7,7 @@ import pytest
 from conftest import byte_level_tokenizer, french_rows
 
 import plan
-from batching import LEARNT, MicroBatchSize, deal, epoch_order
+from batching import ARTICLE_LABELS, MicroBatchSize, deal, epoch_order
 from prompting import Example, Prompt
 
 
@@ -93,7 +93,9 @@ def test_the_largest_micro_batch_counts_what_is_learnt_of_articles():
     once = arguments(per_device_train_batch_size=2, gradient_accumulation_steps=1)
     assert plan.largest_micro_batch(lengths, once, 1, 1) == MicroBatchSize(940, 40)
     once.prompt_loss_weight = 0.1
-    assert plan.largest_micro_batch(lengths, once, 1, 1) == MicroBatchSize(940, 40 + LEARNT + 30)
+    assert plan.largest_micro_batch(lengths, once, 1, 1) == MicroBatchSize(
+        940, 40 + ARTICLE_LABELS + 30
+    )
 
 
 def test_the_largest_padded_micro_batch_counts_its_padding():

@@ -154,9 +154,11 @@ def test_large_files_are_listed_in_part_and_told_so(tmp_path, monkeypatch):
     options = ["--references", str(tmp_path / "r.csv"), "--predictions", str(tmp_path / "r.csv")]
     score.main([*options, "--output_dir", str(tmp_path)])
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "18 evenly spaced ones of 90 are here" in " ".join(text.split())
+    assert "20 evenly spaced ones of 90 are here" in " ".join(text.split())
     data = json.loads(re.search(r'id="data">(.*?)</script>', text)[1])
-    assert [row[0] for row in data["rows"]] == [f"a{number}" for number in range(0, 90, 5)]
+    shown = [int(row[0].removeprefix("a")) for row in data["rows"]]
+    assert (shown[0], len(shown)) == (0, 20)
+    assert {b - a for a, b in zip(shown, [*shown[1:], 90], strict=True)} == {4, 5}
     assert max(len(row[1]) for row in data["rows"]) == 31
     assert len(json.loads((tmp_path / "scores.json").read_text())["predictions"]) == 1
 

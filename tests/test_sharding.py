@@ -12,7 +12,9 @@ import sys
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT, SCRIPTS, call, read_csv, train_args
+from test_distributed import start_two
 from test_train import EXACT, adapter, difference, metrics, updates
 
 import infer
@@ -38,6 +40,15 @@ def launch(script, *argv, processes=2, fails=False, **env) -> str:
     )
     assert (result.returncode != 0) == fails, f"{result.stdout}\n{result.stderr}"
     return result.stdout + result.stderr
+
+
+def run_two(script, *argv, code=0, **env) -> None:
+    """Run two processes of fsdp.yaml by what the true command would tell them, which takes less."""
+    config = yaml.safe_load((ROOT / "accelerate_configs/fsdp.yaml").read_text())["fsdp_config"]
+    told = {name.upper(): str(value) for name, value in config.items()}
+    processes = start_two(script, *argv, ACCELERATE_USE_FSDP="true", **told, **env)
+    printed = [process.communicate(timeout=240) for process in processes]
+    assert [process.returncode for process in processes] == [code, code], printed
 
 
 def split(processes: int) -> tuple:
@@ -129,12 +140,12 @@ def nf4_run(tiny_llama2, rows_17, tmp_path_factory):
     """QLoRA in shards with all that there is, and what each process had of it in the end."""
     folder = tmp_path_factory.mktemp("nf4")
     more = ("--activation_checkpointing", "full", "--checkpointing_steps", 1, "--lora_dropout", 0.1)
-    more += ("--max_train_steps", 3, *split(2))
+    more += ("--max_train_steps", 3, "--num_eval_titles", 2, *split(2))
     argv = train_args(tiny_llama2, rows_17, folder / "run", *more)
     (folder / "probe.py").write_text(
         PROBE.format(scripts=str(SCRIPTS), argv=argv, out=str(folder / "rank"))
     )
-    launch(folder / "probe.py")
+    run_two(folder / "probe.py")
     return folder, argv
 
 
@@ -159,10 +170,11 @@ def test_a_sharded_run_that_was_asked_to_stop_ends_with_the_same_bytes(nf4_run, 
     run_dir, stop, code = (tmp_path / name for name in ("run", "stop", "code"))
     argv = [str(run_dir) if arg == str(folder / "run") else arg for arg in argv]
     stop.touch()
-    launch(SCRIPTS / "train.py", *argv, fails=True, STOP_FILE=str(stop), EXIT_CODE_FILE=str(code))
+    asked = {"STOP_FILE": str(stop), "EXIT_CODE_FILE": str(code)}
+    run_two("train.py", *argv, code=STOPPED, **asked)
     assert code.read_text() == f"{STOPPED}\n"
     assert len(updates(run_dir)) == 1
-    launch(SCRIPTS / "train.py", *argv, "--resume_from_checkpoint", "latest")
+    run_two("train.py", *argv, "--resume_from_checkpoint", "latest")
     for name in ("adapter_model.safetensors", "checkpoints/step-000003/optimizer.safetensors"):
         assert (run_dir / name).read_bytes() == (folder / "run" / name).read_bytes()
     assert len(updates(run_dir)) == 3
@@ -170,7 +182,7 @@ def test_a_sharded_run_that_was_asked_to_stop_ends_with_the_same_bytes(nf4_run, 
 
 def test_one_process_goes_on_from_a_sharded_checkpoint(runs, tiny_model, rows_17, tmp_path):
     """With moments that fit: the adapter ends as that of one process, up to rounding."""
-    run_dir, epochs = tmp_path / "run", ("--num_train_epochs", 2)
+    run_dir, epochs = tmp_path / "run", ("--num_train_epochs", 2, "--num_eval_titles", 1)
     shutil.copytree(runs[0] / "2", run_dir)
     latest = ("--resume_from_checkpoint", "latest", "--resume_anyway")
     call(train.main, *train_args(tiny_model, rows_17, run_dir, *LORA, *split(1), *epochs, *latest))
@@ -234,7 +246,7 @@ ASKED |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
 def test_the_config_is_what_is_counted_on(monkeypatch):
     for name, value in ASKED.items():
         monkeypatch.setenv(name, value)
-    sharding.check_config()
+    sharding.check_fsdp_config()
 
 
 @pytest.mark.parametrize(
@@ -255,9 +267,9 @@ def test_other_settings_of_fsdp_are_refused(monkeypatch, name, value, problem):
         if setting is not None:
             monkeypatch.setenv(key, setting)
     with pytest.raises(UserError, match=problem):
-        sharding.check_config()
+        sharding.check_fsdp_config()
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
-    sharding.check_config()
+    sharding.check_fsdp_config()
 
 
 def test_a_single_process_of_no_launcher_is_refused(tiny_model, rows_17, tmp_path, monkeypatch):
@@ -325,7 +337,7 @@ with open({out!r} + str(rank), "w") as stream:
 def test_who_has_fewer_runs_runs_along(tmp_path):
     probe = tmp_path / "probe.py"
     probe.write_text(STEPS.format(scripts=str(SCRIPTS), out=str(tmp_path / "rank")))
-    launch(probe)
+    run_two(probe)
     counts = [json.loads((tmp_path / f"rank{rank}").read_text()) for rank in (0, 1)]
     error = "a forward pass failed in this process, and others wait in it"
     assert counts == [[5, 3, 0], [5, 3, 0, error]]

@@ -67,7 +67,9 @@ def test_a_signal_stops_after_the_update_with_a_checkpoint(
     assert [row["step"] for row in updates(run_dir)] == [1, 2]
     assert [p.name for p in (run_dir / "checkpoints").iterdir()] == ["step-000002"]
     assert not (run_dir / "adapter_model.safetensors").exists()
-    assert "stopped after update 2 of 6, with a checkpoint; " in capsys.readouterr().out
+    by = signal.Signals(number).name
+    printed = capsys.readouterr().out
+    assert f"stopped by {by} after update 2 of 6, with a checkpoint; " in printed
     monkeypatch.undo()
     assert call(train.main, *args) is None
     assert_same_ending(run_dir, trained)
@@ -206,7 +208,9 @@ def test_a_signal_stops_infer_after_the_batch(
     assert [path.name for path in tmp_path.iterdir()] == ["out.part-0.jsonl"]
     done = len((tmp_path / "out.part-0.jsonl").read_text().splitlines()) - 1
     assert 1 < done < 9
-    assert f"stopped after {done} of 9 titles; the same command goes on" in capsys.readouterr().out
+    by = signal.Signals(number).name
+    printed = capsys.readouterr().out
+    assert f"stopped by {by} after {done} of 9 titles; the same command goes on" in printed
     monkeypatch.undo()
     assert call(infer.main, *args) is None
     assert f"NOTE: going on after {done} titles" in capsys.readouterr().out

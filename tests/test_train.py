@@ -1,11 +1,14 @@
 """train.py: what it computes and what it leaves. Run: python -m pytest tests/test_train.py"""
 
 import ast
+import contextlib
 import html
+import io
 import json
 import math
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -282,7 +285,7 @@ def test_resumed_in_the_middle_of_an_epoch_ends_with_the_same_bytes(
     steps = ("--checkpointing_steps", "2")
     whole, halted = tmp_path / "whole", tmp_path / "halted"
     call(train.main, *train_args(tiny_model, news, whole, *steps))
-    call(train.main, *train_args(tiny_model, news, halted, *steps))
+    shutil.copytree(whole, halted)
     for name in ("step-000006", "step-000004"):
         for file in (halted / "checkpoints" / name).iterdir():
             file.unlink()
@@ -343,14 +346,38 @@ def test_a_resumed_optimizer_keeps_the_buffers_that_bitsandbytes_made(
     assert held == {id(buffer) for buffer in made}
 
 
-def test_resuming_with_another_split_is_noted(tiny_model, news, tmp_path, capsys):
-    run_dir = tmp_path / "run"
-    more = ("--checkpointing_steps", "1", "--max_train_steps", "2")
-    call(train.main, *train_args(tiny_model, news, run_dir, *more))
+TWO_UPDATES = ("--checkpointing_steps", "1", "--max_train_steps", "2")
+
+
+@pytest.fixture(scope="module")
+def two_updates(tiny_model, news, tmp_path_factory):
+    """The run folder of TWO_UPDATES, of which tests take a copy to go on with."""
+    run_dir = tmp_path_factory.mktemp("two") / "run"
+    call(train.main, *train_args(tiny_model, news, run_dir, *TWO_UPDATES))
+    return run_dir
+
+
+def test_resuming_with_another_split_is_noted(two_updates, tiny_model, news, tmp_path, capsys):
+    run_dir, more = shutil.copytree(two_updates, tmp_path / "run"), TWO_UPDATES
     split = ("--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1")
     latest = ("--resume_from_checkpoint", "latest")
+    record = json.loads((run_dir / "run_config.json").read_text())
+    record["memory"]["measured_peak"] = 1 << 50
+    (run_dir / "run_config.json").write_text(json.dumps(record))
     call(train.main, *train_args(tiny_model, news, run_dir, *more, *split, *latest))
     assert "NOTE: updates are split in another way now" in capsys.readouterr().out
+    # No update was left to do, whose peak would be another.
+    record = json.loads((run_dir / "run_config.json").read_text())
+    assert record["memory"]["measured_peak"] == 1 << 50
+
+
+def test_trackers_are_given_numbers_that_they_can_plot(tmp_path):
+    given = ("--model_name_or_path", "m", "--train_file", "t", "--output_dir", "o")
+    values = train.tracked(train.parse_args([*given, "--target_modules", "q_proj", "v_proj"]))
+    assert (values["learning_rate"], values["lora_r"]) == (2e-4, 64)
+    assert values["apply_chat_template"] is False
+    assert values["max_time"] == "None"  # TensorBoard knows no other
+    assert values["target_modules"] == "['q_proj', 'v_proj']"
 
 
 def test_resuming_with_other_settings_is_refused(trained, tiny_model, news):
@@ -422,11 +449,11 @@ def test_loss_and_gradients_equal_the_textbook_way(loaded, name):
 
 
 def test_loss_on_articles_is_the_textbooks_with_weights(loaded):
-    """All tokens of articles are drawn here: none has more than LEARNT."""
+    """All tokens of articles are drawn here: none has more than ARTICLE_LABELS."""
     import torch
     import torch.nn.functional as F
 
-    from batching import LEARNT, learn_articles_too, pack
+    from batching import ARTICLE_LABELS, learn_articles_too, pack
     from packing import use_packed_attention
 
     model, prompt = loaded
@@ -435,7 +462,7 @@ def test_loss_on_articles_is_the_textbooks_with_weights(loaded):
     rows = french_rows(5, seed=4)
     examples = [prompt.encode(row["text"], row["titles"]) for row in rows]
     assert 5 < min(len(e.article) for e in examples) <= max(len(e.article) for e in examples)
-    assert max(len(example.article) for example in examples) <= LEARNT
+    assert max(len(example.article) for example in examples) <= ARTICLE_LABELS
     expected = torch.zeros(())
     for example in examples:
         ids = torch.tensor([example.ids])
@@ -462,9 +489,9 @@ def test_loss_on_articles_is_the_textbooks_with_weights(loaded):
 
 
 def test_loss_on_articles_does_not_depend_on_the_split_and_resumes(
-    tiny_model, news, tmp_path, monkeypatch
+    one_by_one, tiny_model, news, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("batching.LEARNT", 8)
+    monkeypatch.setattr("batching.ARTICLE_LABELS", 8)
     more = (*EXACT, "--prompt_loss_weight", "0.1", "--checkpointing_steps", "2")
     split = ("--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "8")
     call(train.main, *train_args(tiny_model, news, tmp_path / "one", *more))
@@ -474,9 +501,7 @@ def test_loss_on_articles_does_not_depend_on_the_split_and_resumes(
     again = ("--resume_from_checkpoint", tmp_path / "one/checkpoints/step-000002")
     call(train.main, *train_args(tiny_model, news, tmp_path / "one", *more, *again))
     assert difference(adapter(tmp_path / "one"), whole) == 0
-    without = train_args(tiny_model, news, tmp_path / "without", *EXACT)
-    call(train.main, *without)
-    assert difference(adapter(tmp_path / "without"), whole) > 0.01
+    assert difference(adapter(one_by_one), whole) > 0.01
 
 
 def test_loss_on_articles_needs_packed_rows(tiny_model, news, tmp_path, monkeypatch):
@@ -503,9 +528,10 @@ def test_a_run_that_turns_out_to_be_padded_is_planned_again(
 
 
 @pytest.mark.parametrize("name", ["prompt_loss_weight", "cooldown_ratio"])
-def test_a_run_from_before_there_was_an_argument_goes_on(tiny_model, news, tmp_path, name):
-    run_dir, more = tmp_path / "run", ("--max_train_steps", "2", "--checkpointing_steps", "1")
-    call(train.main, *train_args(tiny_model, news, run_dir, *more))
+def test_a_run_from_before_there_was_an_argument_goes_on(
+    two_updates, tiny_model, news, tmp_path, name
+):
+    run_dir, more = shutil.copytree(two_updates, tmp_path / "run"), TWO_UPDATES
     record = json.loads((run_dir / "run_config.json").read_text())
     del record["arguments"][name]
     (run_dir / "run_config.json").write_text(json.dumps(record))
@@ -785,12 +811,36 @@ def test_the_legacy_tf32_switch_is_nowhere():
 # ---------------------------------------------------------------------- what the user sees
 
 
-def test_plan_says_what_is_about_to_happen(tiny_model, news, tmp_path, capsys):
-    call(train.main, *train_args(tiny_model, news, tmp_path / "run", "--max_train_steps", "1"))
-    plan = capsys.readouterr().out
+@pytest.fixture(scope="module")
+def one_update(tiny_model, news, tmp_path_factory):
+    """A run folder after a single update, and what was printed."""
+    run_dir = tmp_path_factory.mktemp("one") / "run"
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        call(train.main, *train_args(tiny_model, news, run_dir, "--max_train_steps", "1"))
+    return run_dir, printed.getvalue()
+
+
+@pytest.fixture
+def plan(tiny_model, news, tmp_path, capsys, monkeypatch):
+    """Return a function that returns the plan of a run, which ends where the base is loaded."""
+
+    def load(*_):
+        raise UserError("base", "not now", "wait")
+
+    def of_run(*more):
+        with pytest.raises(UserError, match="base: not now"):
+            call(train.main, *train_args(tiny_model, news, tmp_path / "run", *more))
+        return capsys.readouterr().out
+
+    monkeypatch.setattr("modeling.load_base", load)
+    return of_run
+
+
+def test_plan_says_what_is_about_to_happen(one_update):
+    run_dir, plan = one_update
     assert "22 rows for training, 7 for validation" in plan
     assert re.search(r"\d+ training articles are cut to \d+ tokens", plan)
-    total = sum(row["title_tokens"] for row in updates(tmp_path / "run"))
+    total = sum(row["title_tokens"] for row in updates(run_dir))
     per_epoch = int(re.search(r"of which ([\d,]+) title tokens", plan)[1].replace(",", ""))
     assert per_epoch > total > 0
     assert "1 of 8 articles (4 per device x 2 accumulated x 1 processes), 3 per epoch" in plan
@@ -804,14 +854,8 @@ def test_plan_says_what_is_about_to_happen(tiny_model, news, tmp_path, capsys):
     assert "bf16 autocast" in plan
 
 
-def test_the_plan_comes_before_anything_is_loaded(tiny_model, news, tmp_path, capsys, monkeypatch):
-    def load(*_):
-        raise UserError("base", "not now", "wait")
-
-    monkeypatch.setattr("modeling.load_base", load)
-    with pytest.raises(UserError):
-        call(train.main, *train_args(tiny_model, news, tmp_path / "run"))
-    assert "GiB expected at the peak" in capsys.readouterr().out
+def test_the_plan_comes_before_anything_is_loaded(plan):
+    assert "GiB expected at the peak" in plan()
 
 
 def test_the_time_to_come_is_told_after_six_updates(tiny_model, news, tmp_path, capsys):
@@ -828,39 +872,30 @@ def test_the_record_has_the_memory_that_was_expected_and_taken(trained):
     assert memory["measured_peak"] > 2**28
 
 
-def test_plan_counts_equal_what_an_epoch_trains_on(trained, tiny_model, news, tmp_path, capsys):
-    call(train.main, *train_args(tiny_model, news, tmp_path / "run", "--max_train_steps", "3"))
-    plan = capsys.readouterr().out
-    rows = updates(tmp_path / "run")
-    found = re.search(r"tokens +([\d,]+) per epoch, of which ([\d,]+) title tokens", plan)
+def test_plan_counts_equal_what_an_epoch_trains_on(plan, trained):
+    rows = updates(trained)[:3]
+    assert rows[-1]["epoch"] == 1
+    found = re.search(r"tokens +([\d,]+) per epoch, of which ([\d,]+) title tokens", plan())
     assert int(found[1].replace(",", "")) == sum(row["tokens"] for row in rows)
     assert int(found[2].replace(",", "")) == sum(row["title_tokens"] for row in rows)
 
 
-def test_plan_says_how_many_updates_there_will_be(tiny_model, news, tmp_path, capsys):
-    call(train.main, *train_args(tiny_model, news, tmp_path / "run", "--max_train_steps", "1000"))
-    assert "updates    6 of 8 articles" in capsys.readouterr().out
+def test_plan_says_how_many_updates_there_will_be(plan):
+    assert "updates    6 of 8 articles" in plan("--max_train_steps", "1000")
 
 
-def test_three_titles_are_shown_beside_the_true_ones(tiny_model, news, tmp_path, capsys):
-    call(train.main, *train_args(tiny_model, news, tmp_path / "run", "--max_train_steps", "1"))
-    output = capsys.readouterr().out
+def test_three_titles_are_shown_beside_the_true_ones(one_update):
+    _, output = one_update
     true = [row["titles"] for row in french_rows(7, seed=2)]
     assert re.findall(r"true: +(.*)", output) == true[:6:2]
     assert re.search(r"eval_loss \d\.\d+, eval_rougeL 0\.\d+", output)
 
 
-def test_tensorboard_gets_the_figures(tiny_model, news, tmp_path):
-    pytest.importorskip("tensorboard")
-    more = ("--report_to", "tensorboard", "--max_train_steps", "1")
-    call(train.main, *train_args(tiny_model, news, tmp_path / "run", *more))
-    assert list((tmp_path / "run/trackers").rglob("events.out.tfevents.*"))
-
-
-def test_tensorboard_gets_titles_at_each_evaluation(tiny_model, news, tmp_path):
+def test_tensorboard_gets_figures_and_titles_at_each_evaluation(tiny_model, news, tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     more = ("--report_to", "tensorboard", "--max_train_steps", "2", "--checkpointing_steps", "1")
     call(train.main, *train_args(tiny_model, news, tmp_path / "run", *more))
+    assert list((tmp_path / "run/trackers").rglob("events.out.tfevents.*"))
     read = events.EventAccumulator(str(tmp_path / "run/trackers/manchette")).Reload()
     logged = read.Tensors("eval_titles/text_summary")
     assert [event.step for event in logged] == [1, 2]
@@ -884,9 +919,8 @@ def test_without_validation_the_last_state_is_kept(tiny_model, news, tmp_path):
 
 
 def test_through_accelerate_launch(run_script, tiny_model, news, tmp_path):
-    result = run_script(
-        "train.py", *train_args(tiny_model, news, tmp_path / "run"), launch=True, cwd=tmp_path
-    )
+    args = train_args(tiny_model, news, tmp_path / "run", "--max_train_steps", "2")
+    result = run_script("train.py", *args, launch=True, cwd=tmp_path)
     assert "done:" in result.stdout
     assert (tmp_path / "run/adapter_model.safetensors").is_file()
     # No warning of our own making, above all no deprecated call.

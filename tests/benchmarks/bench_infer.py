@@ -119,7 +119,7 @@ def make_run(folder: Path, model: str, max_length: int, lora_r: int) -> None:
     from merge import empty_model
     from modeling import decoder_linears
     from prompting import Prompt, load_tokenizer, read_template
-    from run_folder import ADAPTER_WEIGHTS, RUN_CONFIG, start_run, write_json
+    from run_folder import ADAPTER_WEIGHTS, RUN_CONFIG, make_run_config, write_json
 
     files = ["--train_file", "none", "--output_dir", str(folder), "--max_length", str(max_length)]
     args = train.parse_args(["--model_name_or_path", model, *files, "--lora_r", str(lora_r)])
@@ -142,7 +142,7 @@ def make_run(folder: Path, model: str, max_length: int, lora_r: int) -> None:
         task_type="CAUSAL_LM", r=lora_r, lora_alpha=16, target_modules=kinds
     ).save_pretrained(folder)
     checked = {"train": Checked("none", 0, "", True)}
-    record = start_run(args, prompt, Path(model), checked, 8) | {"adapter_step": 0}
+    record = make_run_config(args, prompt, Path(model), checked, 8) | {"adapter_step": 0}
     write_json(folder / RUN_CONFIG, record)
 
 

@@ -105,11 +105,11 @@ import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from modeling import load_base
-from sharding import fsdp_plugin, layers_of, shard, turn_on
+from sharding import fsdp_plugin, layers_of, shard, enable_fsdp
 
 plugin = fsdp_plugin()
 accelerator = Accelerator(mixed_precision="bf16", fsdp_plugin=plugin)
-assert turn_on(accelerator, plugin)
+assert enable_fsdp(accelerator, plugin)
 base = load_base({folder!r}, accelerator.device, torch.bfloat16, False, True)
 layer = sum(parameter.nbytes for parameter in layers_of(base)[0].parameters())
 model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
