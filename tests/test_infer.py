@@ -386,20 +386,6 @@ def test_what_makes_no_sense_together_is_refused(trained, argv, message):
 # ---------------------------------------------------------------------- the run's own prompt
 
 
-def test_editing_prompts_after_training_changes_nothing(predicted, trained, news, tmp_path):
-    """The run folder has the text; prompts/ is not read."""
-    folder = tmp_path / "elsewhere"
-    shutil.copytree(SCRIPTS, folder / "scripts")
-    (folder / "prompts").mkdir()
-    import subprocess
-    import sys
-
-    command = [sys.executable, str(folder / "scripts/infer.py"), "--run_dir", str(trained)]
-    command += [str(a) for a in args_for(news, tmp_path / "out.csv")]
-    subprocess.run(command, check=True, capture_output=True)
-    assert (tmp_path / "out.csv").read_bytes() == (predicted / "adapter.csv").read_bytes()
-
-
 def test_another_prompt_is_used_and_noted(predicted, trained, news, tmp_path, capsys):
     prompt = SCRIPTS.parent / "prompts/en.txt"
     more = ("--prompt_file", prompt)
@@ -639,8 +625,13 @@ def test_a_checkpoint_of_a_damaged_record_is_refused(stopped, news, tmp_path, ch
 
 
 def test_through_accelerate_launch(run_script, predicted, trained, news, tmp_path):
-    arguments = args_for(news, tmp_path / "out.csv")
-    result = run_script("infer.py", "--run_dir", trained, *arguments, launch=True, cwd=tmp_path)
+    """And from a clone whose prompts were edited after training: the run folder has the text."""
+    clone = tmp_path / "clone"
+    shutil.copytree(SCRIPTS, clone / "scripts")
+    (clone / "prompts").mkdir()
+    (clone / "prompts/fr.txt").write_text("without an article, which nobody would take")
+    arguments = ("--run_dir", trained, *args_for(news, tmp_path / "out.csv"))
+    result = run_script(clone / "scripts/infer.py", *arguments, launch=True, cwd=tmp_path)
     assert "done: 9 titles" in result.stdout
     assert (tmp_path / "out.csv").read_bytes() == (predicted / "adapter.csv").read_bytes()
     assert "FutureWarning" not in result.stderr

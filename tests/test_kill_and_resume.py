@@ -9,5 +9,5 @@ import kill_and_resume
 def test_a_killed_run_ends_with_the_same_bytes():
     result = kill_and_resume.main(["--trials", "1"])
     assert result["identical endings"] == 1
-    assert result["kills"] == 4
-    assert all(kill["killed"] for trial in result["each trial"] for kill in trial["kills"])
+    [trial] = result["each trial"]
+    assert [kill["killed"] for kill in trial["kills"]] == [True] * 4

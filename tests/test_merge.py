@@ -522,8 +522,8 @@ def test_a_checkpoint_is_merged_as_the_run_would_be(run_dir, merged, tmp_path):
     assert not all(torch.equal(changed[name], expected[name]) for name in expected)
 
 
-def test_through_accelerate_launch(run_script, run_dir, tmp_path):
-    arguments = ("--run_dir", run_dir, "--output_dir", tmp_path / "m")
+def test_through_accelerate_launch(run_script, trained, tmp_path):
+    arguments = ("--run_dir", trained, "--output_dir", tmp_path / "m")
     result = run_script("merge.py", *arguments, launch=True, cwd=tmp_path)
     assert "relative difference" in result.stdout
     assert (tmp_path / "m/model.safetensors").is_file()
