@@ -98,6 +98,7 @@ def generate_ids(
                 ends, steps, **options, min_new_tokens=at_least if at_least > 0 else None
             ),
             logits_processor=processors,
+            synced_gpus=False,  # under FSDP, `sharding.in_step` keeps the processes together
             stopping_criteria=StoppingCriteriaList([line_end]),
             **({cache_name(model): cache} if in_rounds else {}),
         )
