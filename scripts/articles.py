@@ -142,7 +142,7 @@ def open_articles(path: str, columns: Columns, split: str = "train"):
 
 
 def evenly_spaced(rows: int, most: int) -> list[int]:
-    """Return the numbers of all rows, or of so many that are spread evenly over them."""
+    """Return the indices of all rows, or of `most` of them, spread evenly."""
     count = min(rows, most)
     return [number * rows // count for number in range(count)]
 

@@ -258,10 +258,10 @@ def save_what_is_left(
     return f"after update {newest:,}" if newest > first_step else None
 
 
-def save_adapter(model, state: dict, peak: int, output_dir: Path) -> None:
+def save_adapter(model, state: dict, peak: int | None, output_dir: Path) -> None:
     """Write the run's adapter: that of the best checkpoint, or the last where none was judged.
 
-    Into the run's record goes `peak`, the bytes that training took.
+    Into the run's record goes `peak`, the bytes that training took; None: what is there stays.
 
     Raises:
         UserError: the best checkpoint is damaged, or the folder cannot be written.
@@ -272,8 +272,8 @@ def save_adapter(model, state: dict, peak: int, output_dir: Path) -> None:
         load_adapter_weights(model, best / ADAPTER_WEIGHTS)
     run_config = read_run_config(str(output_dir))
     run_config["adapter_step"] = state["best_step"] or state["completed_steps"]
-    memory = run_config["memory"]  # whose peak may be of an earlier start, which got further
-    memory["measured_peak"] = max(peak, memory.get("measured_peak", 0))
+    if peak is not None:
+        run_config["memory"]["measured_peak"] = peak
     # First where nothing looks for it: under its own name, the adapter is always whole.
     temporary = output_dir / f"adapter{UNFINISHED}"
     tensors = adapter_state_dict(model)

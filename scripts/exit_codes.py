@@ -42,7 +42,7 @@ class WriteError(LoneError):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """A parser whose complaints are one line, of the first process alone.
+    """A parser whose complaints are one line, for it shows no usage, of the first process alone.
 
     Args:
         description: of the script, shown by --help with the line breaks that it has.
@@ -73,8 +73,16 @@ class Unread:
         self._try(self.stream.write, text)
         return len(text)
 
+    def writelines(self, lines) -> None:
+        self.write("".join(lines))
+
     def flush(self) -> None:
         self._try(self.stream.flush)
+
+    def close_for_good(self) -> None:
+        """Let what is still buffered, and all to come, go nowhere."""
+        with _nowhere() as nowhere:
+            os.dup2(nowhere.fileno(), self.stream.fileno())
 
     def _try(self, action, *arguments) -> None:
         try:
@@ -82,8 +90,7 @@ class Unread:
         except OSError as error:
             if error.errno not in (errno.EPIPE, errno.EIO):
                 raise
-            with open(os.devnull, "w") as nowhere:  # for what is still buffered, and Python's end
-                os.dup2(nowhere.fileno(), self.stream.fileno())
+            self.close_for_good()
 
 
 def is_first_process() -> bool:
@@ -132,12 +139,13 @@ def run(main) -> None:
     file that the environment variable EXIT_CODE_FILE names; the launchers pass it on from there.
     Under several processes most ranks meet the same complaint and only the first one tells it; nor
     do others tell their code, for they may merely have lost the first one. What launched them ends
-    all as soon as one has ended, so the others wait to be ended: the first one may be slower. On
-    another node nobody ends them if they alone have met it, such as a model that is not there; then
-    the first process of that node tells it.
+    all as soon as one has ended, so the others wait to be ended: the first one may be slower. If
+    only processes of another node have met it, such as a model that is not there, nothing ends
+    them: then the first one of that node tells it.
     """
     streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (stream and Unread(stream) for stream in streams)  # some have none
+    # Who was started without one gets one that goes nowhere, in place of the file opened next.
+    sys.stdout, sys.stderr = (Unread(stream or _nowhere()) for stream in streams)
     code, tell, lost, late, where = BUG, is_first_process(), False, False, ""
     try:
         code = main() or DONE
@@ -148,18 +156,22 @@ def run(main) -> None:
         if not tell:
             with suppress(KeyboardInterrupt):
                 time.sleep(PATIENCE)  # or until SIGTERM
-                tell = late = not lost and os.environ.get("LOCAL_RANK") == "0"
+                tell = late = not lost and _is_alone_on_its_node(code)
                 where = f"on {node_name()}: "
         # What the frames hold goes now: a progress bar prints itself once more when it does.
         traceback.clear_frames(error.__traceback__)
         if tell:
             # What it quotes, such as the error of a library, may have lines; a complaint has one.
             complaint = where + " ".join(str(error).split("\n"))
-            print("error:", printable(complaint), file=sys.stderr)
+            with suppress(OSError):  # the code says what it can
+                print("error:", printable(complaint), file=sys.stderr)
     except KeyboardInterrupt:
         code = INTERRUPTED
     except SystemExit as exit_request:  # argparse: 0 after --help, 2 after a complaint of its own
         code = exit_request.code or DONE
+        if code and not tell:
+            with suppress(KeyboardInterrupt):
+                time.sleep(PATIENCE)
         if isinstance(code, str):  # sys.exit("what went wrong")
             print(code, file=sys.stderr)
             code = BUG
@@ -168,7 +180,7 @@ def run(main) -> None:
     finally:  # whether or not the complaint could be printed
         if tell and (file := os.environ.get("EXIT_CODE_FILE")):
             _leave_code(Path(file), code, gives_way=lost or late or code == BUG)
-        flush_streams()  # or Python's last flush may be what fails
+        _flush_streams()  # or Python's last flush may be what fails
         _leave_group(code)
         sys.stdout, sys.stderr = streams
     sys.exit(code)
@@ -179,10 +191,27 @@ def node_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or platform.node()
 
 
-def flush_streams() -> None:
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        with suppress(OSError, ValueError):  # a full disk, a closed stream
+def _nowhere():
+    return os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+
+
+def _flush_streams() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        try:
             stream.flush()
+        except OSError:  # a full disk
+            stream.close_for_good()
+        except ValueError:  # closed
+            pass
+
+
+def _is_alone_on_its_node(code: int) -> bool:
+    """Return whether this is the first process of another node than the first, and the launchers
+    have not been told the code by now, as they have if the first process has met the same."""
+    if os.environ.get("LOCAL_RANK") != "0":
+        return False
+    file = os.environ.get("EXIT_CODE_FILE")
+    return not file or not Path(file).exists() or Path(file).read_text() != f"{code}\n"
 
 
 def keep_group() -> None:

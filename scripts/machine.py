@@ -17,6 +17,7 @@ from exit_codes import ArgumentParser, UserError, run
 
 USE_OURS = "give one of accelerate_configs/"
 SHARED_MEMORY = Path("/dev/shm")
+CACHES = ("inactive_file", "active_file", "slab_reclaimable")  # in memory.stat
 CONTROL_GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 DEEPSPEED = "DeepSpeed, whose ZeRO-3 cannot hold 4-bit weights"
 MEGATRON = "Megatron-LM"
@@ -201,12 +202,14 @@ def _left_by_control_groups() -> float:
             try:
                 room = int((folder / f"memory.{limit}").read_text())
                 room -= int((folder / f"memory.{usage}").read_text())
-                stat = dict(row.split() for row in (folder / "memory.stat").open())
             except (OSError, ValueError):  # not there; "max": no limit
                 continue
-            # What is cached of files goes when memory is asked for.
-            cached = stat.get("total_inactive_file", stat.get("inactive_file", 0))
-            left = min(left, room + int(cached))
+            stat = folder / "memory.stat"
+            rows = stat.read_text().splitlines() if stat.exists() else ()
+            found = {name: int(value) for name, value in map(str.split, rows)}
+            # What is cached of files goes when memory is asked for, as psutil counts it too.
+            cached = (found.get(f"total_{name}", found.get(name, 0)) for name in CACHES)
+            left = min(left, room + sum(cached))
     return max(0, left)
 
 

@@ -59,7 +59,7 @@ def plan_memory(
         through this; `this_run`: that of this run.
     """
 
-    @functools.cache  # with LoRA, the base's weights are all that QLoRA's differ in
+    @functools.cache  # QLoRA differs from LoRA in the base's weights only
     def traced(full: bool, every: int):
         return _trace(base, lora_config, args, device, size, full, every, shards)
 

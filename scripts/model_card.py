@@ -64,7 +64,7 @@ def model_card(run_config: dict, results: dict | None = None, name: str = ".") -
 {lines}
 {fence}
 
-{needs}The text is tokenized as a whole here, and the base is in its own precision: titles may
+{needs}The text is tokenised as a whole here, and the base is in its own precision: titles may
 differ a little from those of infer.py, which puts ids together in pieces.
 
 ## Prompt

@@ -1,4 +1,5 @@
-"""Nodes of one job: how long their processes wait for each other, and which node is gone."""
+"""Nodes of one job: how long their processes wait for each other, which node is gone, and what the
+first process tells all others."""
 
 import math
 import os
@@ -41,7 +42,7 @@ class Nodes:
         self.heard = [time.monotonic()] * self.size  # on the first process, of each
         self.answered = time.monotonic()  # by the store
         self.noted = set()
-        self.done = threading.Event()
+        self.done, self.failed = threading.Event(), False
         self.thread = threading.Thread(target=self._count, daemon=True)
         self.save: Callable[[], str | None] = lambda: None
 
@@ -57,6 +58,7 @@ class Nodes:
             if kind is not None and issubclass(kind, RuntimeError) and _of_collective(error):
                 self._give_up(error)
         finally:
+            self.failed = kind is not None
             self.done.set()
             # Were Python to end while the thread talks to the store, it would abort the process:
             # the work would be done, and its node would count as failed all the same. A store that
@@ -133,7 +135,8 @@ class Nodes:
                     self.noted.add(name)
                     note(f"nothing heard from {name} for {self.silence:.0f} s")
             else:
-                store.set(f"{PREFIX}count{self.rank}", str(-(1 << 40)))
+                if not self.failed:  # else others may wait for it, and are to be told of its node
+                    store.set(f"{PREFIX}count{self.rank}", str(-(1 << 40)))
                 return
         except Exception:  # whatever a store that is gone makes of it
             self.answered = -math.inf  # which matters only once a collective operation fails

@@ -97,7 +97,7 @@ class Ends:
 
     def ended(self, cut_ids: list[int]) -> bool:
         """Return whether what `cut` returned has come to an end."""
-        # With an end behind it, `cut` returns the same only of what had ended before.
+        # With an end appended, `cut` returns it unchanged only if it had ended before.
         return cut_ids[-1] in self.ids or self.cut([*cut_ids, *self.ids]) == cut_ids
 
 

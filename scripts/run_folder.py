@@ -30,10 +30,8 @@ LOCK = ".lock"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"  # of a checkpoint, beside its adapter
-DEFAULTS_OF_NEWER_ARGUMENTS = {
-    "prompt_loss_weight": 0.0,
-    "cooldown_ratio": 0.0,
-}  # arguments of train.py
+# Arguments of train.py that the records of older runs do not have.
+DEFAULTS_OF_NEWER_ARGUMENTS = {"prompt_loss_weight": 0.0, "cooldown_ratio": 0.0}
 RECORDED = {"arguments": dict, "prompt": dict, "data": dict}
 RECORDED |= {"kind": str, "base_model": str, "base_fingerprint": str, "articles_per_update": int}
 PROMPT_SETTINGS = {"template": str, "apply_chat_template": bool, "ids_sha256": str}
@@ -339,7 +337,7 @@ def write_run(output_dir: Path, run_config: dict, tokenizer, state: dict) -> Non
         if (output_dir / ADAPTER_WEIGHTS).exists():  # of a run that ended; it stays until the next
             before = read_run_config(str(output_dir))
             run_config["adapter_step"] = before.get("adapter_step")
-            run_config["memory"]["measured_peak"] = before.get("memory", {}).get("measured_peak", 0)
+            run_config["memory"] = before.get("memory", run_config["memory"])
         write_json(output_dir / RUN_CONFIG, run_config)
         tokenizer.save_pretrained(output_dir)
         metrics = output_dir / METRICS

@@ -332,7 +332,7 @@ def add_rouge(scores: dict, figures: dict, compare_to: str) -> None:
     from intervals import CONFIDENCE, RESAMPLES, SEED, Bootstrap
     from title_figures import ROUGE_TYPES, import_rouge
 
-    import_rouge()  # without transformers; from here on, what it imports is there
+    import_rouge()  # without transformers; what it imports stays imported
     from title_rouge import TOKENIZER_NAMES
 
     keys = [

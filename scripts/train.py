@@ -248,8 +248,8 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
     expected = expect(padded=bool(unpacked))
     if expected["this_run"] is None and not unpacked:
         expected = expect(padded=True)
-    counts = (adapted, prompt, checked, lengths, schedule, expected)
-    print_once(plan.describe_plan(args, accelerator, *counts), flush=True)
+    what = (adapted, prompt, checked, lengths, schedule, expected)
+    print_once(plan.describe_plan(args, accelerator, *what), flush=True)
 
     # ------------------------------------------------------------------ 4-bit base
     # NF4 with double quantization, multiplied in bf16: asked for by `nf4_config` in modeling.py,
@@ -309,8 +309,8 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
         if sharded:
             whole.scatter()
     unfinished = state["completed_steps"] < num_training_steps
-    done = (output_dir, state["completed_steps"], unfinished)
-    from_main_process(accelerator, checkpoints.set_later_ones_aside, *done)
+    set_aside = checkpoints.set_later_ones_aside
+    from_main_process(accelerator, set_aside, output_dir, state["completed_steps"], unfinished)
     from_main_process(accelerator, write_run, output_dir, run_config, prompt.tokenizer, state)
     accelerator.init_trackers("manchette", tracked(args))
     if device.type == "cuda":
@@ -361,8 +361,8 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
         stopping = not evaluate_and_record(stop.asked_by_others)
     first_step, next_examples = state["completed_steps"], None
     # Should another node be lost, all that was done by then is on the first process.
-    there = (output_dir, unwrapped, adamw, state, first_step, sharded)
-    nodes.on_loss(lambda: checkpoints.save_what_is_left(*there))
+    found = (output_dir, unwrapped, adamw, state, first_step, sharded)
+    nodes.on_loss(lambda: checkpoints.save_what_is_left(*found))
     for step in range(first_step, num_training_steps):
         if stopping:
             break
@@ -451,8 +451,10 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
 
     # ------------------------------------------------------------------ save
     if not stopping:
-        what = (saved()[0], state, memory.peak_memory(device), output_dir)
-        from_main_process(accelerator, checkpoints.save_adapter, *what)
+        # If no update was left to do, the peak is that of an earlier start.
+        peak = memory.peak_memory(device) if unfinished else None
+        save = checkpoints.save_adapter
+        from_main_process(accelerator, save, saved()[0], state, peak, output_dir)
     accelerator.wait_for_everyone()  # nobody leaves early, see `keep_group`
     accelerator.end_training()
     if stopping:

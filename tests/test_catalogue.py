@@ -880,10 +880,10 @@ NUMBERS = list(numbers_out_of_range())
     ids=[f"{script} {option}" for script, option, _ in NUMBERS],
 )
 def test_numbers_out_of_range(tmp_path, monkeypatch, capsys, script, option, line):
-    """They come first: none of the files need be there, and no library.
+    """They come first: none of the files need be there, and `main` imports no library.
 
-    All in this process, for there are many: that a complaint of each script is as short when the
-    script is a process of its own is shown above.
+    All in this process, for there are many: that the script does not import one either, and that a
+    complaint is as short when it is a process of its own, is shown above.
     """
     module = importlib.import_module(script.removesuffix(".py"))
     monkeypatch.chdir(tmp_path)
@@ -929,7 +929,7 @@ FINE = [
 
 
 ONE_UPDATE = ("--per_device_train_batch_size", "9", "--max_train_steps", "1")
-ONE_UPDATE += ("--max_length", "512", "--max_title_tokens", "128")  # in bytes, as it is tokenised
+ONE_UPDATE += ("--max_length", "512", "--max_title_tokens", "128")  # in bytes, as it is tokenized
 
 
 def as_excel_writes_it(path: Path, rows: list[dict], columns) -> Path:

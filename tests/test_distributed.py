@@ -195,6 +195,7 @@ def test_both_stop_after_the_same_update_whichever_is_asked(tiny_model, rows_17,
     processes[1].send_signal(signal.SIGUSR1)
     printed = [process.communicate(timeout=240) for process in processes]
     assert [process.returncode for process in processes] == [STOPPED, STOPPED], printed
+    assert "stopped by another process after update" in printed[0][0]
     step = len(updates(run_dir))
     assert 1 <= step < 15
     assert (run_dir / f"checkpoints/step-{step:06d}/state.json").exists()

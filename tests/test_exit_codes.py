@@ -109,8 +109,7 @@ def test_a_code_is_told_where_a_complaint_cannot_be(tmp_path, group):
             stderr=full,
         )
     assert (tmp_path / "code").read_text() == "75\n"
-    # Without a group Python ends the process, which it does with 1 for what could not be printed.
-    assert done.returncode == (75 if group else 1)
+    assert done.returncode == 75
 
 
 @pytest.mark.parametrize("error", ["UserError", "LostNode"])
@@ -126,8 +125,8 @@ def test_other_processes_wait_for_the_first_to_complain(tmp_path, error):
 
 
 def test_what_only_another_node_meets_is_told_by_its_first_process(tmp_path):
-    """Nobody ends that one, as the first process of all would have been the reason to: it goes on.
-    That one will miss it, as if it were lost, and the job must not begin again for that."""
+    """No launcher ends it: the first process of all goes on, and would later take that node for
+    lost. The job must not begin again for that."""
     at_once = "import exit_codes; exit_codes.PATIENCE = 0.0"
     complaint = f"{at_once}; raise UserError('/models/7b', 'no such folder', 'fetch it')"
     there = {"RANK": "9", "SLURMD_NODENAME": "node2"}
@@ -137,6 +136,8 @@ def test_what_only_another_node_meets_is_told_by_its_first_process(tmp_path):
     assert done.stderr == "error: on node2: /models/7b: no such folder; fetch it\n"
     assert (done.returncode, written) == (2, "2\n")
     assert run(LOST, tmp_path)[1] == "2\n"
+    # Had the first process met it too, it would have told the code, and the complaint, by now.
+    assert run(complaint, tmp_path, **there, LOCAL_RANK="0")[0].stderr == ""
     (tmp_path / "code").write_text("75\n")  # nor does it take the place of what was told before
     assert run(complaint, tmp_path, **there, LOCAL_RANK="0")[1] == "75\n"
     lost = f"{at_once}; {LOST}"
@@ -152,6 +153,14 @@ def test_a_parser_speaks_once(tmp_path, rank, said, options):
     assert bool(done.stdout + done.stderr) == said
     if options == ["--y"] and said:
         assert done.stderr == "-c: error: unrecognized arguments: --y\n"
+
+
+def test_a_process_waits_with_its_complaint_of_an_option_too(tmp_path):
+    """Or torchrun ends the first one before it has spoken."""
+    wait = "import time; time.sleep = lambda s: print(f'waits {s:g} s')"
+    code = f"{wait}; ArgumentParser('x').parse_args(['--y'])"
+    done, written = run(code, tmp_path, RANK="1")
+    assert (done.returncode, done.stdout, done.stderr, written) == (2, "waits 30 s\n", "", None)
 
 
 @pytest.mark.parametrize(("rank", "printed"), [("0", True), ("1", False), ("11", False)])
@@ -200,13 +209,25 @@ def test_a_reader_that_goes_changes_nothing(at_once):
 
 
 @pytest.mark.parametrize("closed", ["1", "2"])
-def test_there_may_be_no_stream_at_all(closed):
-    script = "from exit_codes import *\ndef main():\n    print('a line')\nrun(main)\n"
+def test_there_may_be_no_stream_at_all(tmp_path, closed):
+    """What is told to it does not go to the other one, nor into the file that is opened next."""
+    body = "print('a line'); file = open('file', 'w'); os.write(2, b'by number'); "
+    body += "bar = tqdm.tqdm(range(2)); list(bar); raise UserError('a', 'b', 'c')"
+    script = f"import tqdm\nfrom exit_codes import *\ndef main():\n    {body}\nrun(main)\n"
     command = ["sh", "-c", f'exec "$@" {closed}>&-', "-", sys.executable, "-c", script]
     environment = os.environ | {"PYTHONPATH": str(SCRIPTS)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    printed = "a line\n" if closed == "2" else ""
-    assert (done.returncode, done.stdout, done.stderr) == (0, printed, "")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ("a line\n" if closed == "2" else "")
+    assert done.stderr.endswith("error: a: b; c\n") == (closed == "1")
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_lines_may_lose_their_reader_too():
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w", buffering=1) as stream:
+        exit_codes.Unread(stream).writelines(["a\n", "b\n"])
 
 
 def test_another_broken_pipe_is_a_bug(tmp_path):

@@ -198,42 +198,50 @@ def test_a_model_is_never_spread_over_devices_by_itself():
     assert 'device_map={"": ' in text  # one device for all of it
 
 
-VERSION_1 = (
-    "4:memory:{}\n0::/\n",
-    "memory",
-    "limit_in_bytes",
-    "usage_in_bytes",
-    "total_inactive_file",
-)
-VERSION_2 = ("0::{}\n", "", "max", "current", "inactive_file")
-NO_LIMIT = {"limit_in_bytes": str((1 << 63) - 4096), "max": "max"}
+VERSION_1 = ("4:memory:{}\n0::/\n", "memory", "limit_in_bytes", "usage_in_bytes", "total_")
+VERSION_2 = ("0::{}\n", "", "max", "current", "")
+GIB = 1 << 30
 
 
 @pytest.mark.parametrize("version", [VERSION_1, VERSION_2], ids=["version 1", "version 2"])
 def test_memory_is_what_a_job_or_container_may_take(tmp_path, monkeypatch, version):
-    """Of a machine with 64 GiB free: `sbatch --mem=8G`, of which 3 are taken and 1 is a cache."""
-    groups, top, limit, usage, cached = version
+    """Of a machine with 64 GiB free: `sbatch --mem=8G`, of which 3 are taken and 1 is of files."""
+    groups, top, limit, usage, whole = version
     own, cpu = tmp_path / "groups", argparse.Namespace(type="cpu")
     monkeypatch.setattr(machine, "CONTROL_GROUPS", tmp_path / "fs")
     monkeypatch.setattr(machine, "OWN_GROUPS", own)
-    monkeypatch.setattr("psutil.virtual_memory", lambda: argparse.Namespace(available=64 << 30))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: argparse.Namespace(available=64 * GIB))
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert machine.free_memory(cpu) == 64 << 30  # no control groups at all
+    assert machine.free_memory(cpu) == 64 * GIB  # no control groups at all
 
-    own.write_text(f"7:cpu:/other\n{groups.format('/slurm/job_7/step_0')}")
-    for path, most in (("", None), ("slurm/job_7", 8 << 30), ("slurm/job_7/step_0", None)):
+    def set_limit(path: str, most: int | None, used: int = 3 * GIB) -> None:
         folder = tmp_path / "fs" / top / path
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"memory.{limit}").write_text(f"{most or NO_LIMIT[limit]}\n")
-        (folder / f"memory.{usage}").write_text(f"{3 << 30}\n")
-        (folder / "memory.stat").write_text(f"cache 5\n{cached} {1 << 30}\n")
-    assert machine.free_memory(cpu) == 6 << 30
+        unlimited = "max" if limit == "max" else str((1 << 63) - 4096)
+        (folder / f"memory.{limit}").write_text(f"{unlimited if most is None else most}\n")
+        (folder / f"memory.{usage}").write_text(f"{used}\n")
+        stat = {"cache": 5, "inactive_file": 1, "active_file": 1}  # version 1: without those below
+        stat |= {f"{whole}inactive_file": GIB // 4, f"{whole}active_file": 3 * GIB // 4}
+        rows = (f"{name} {number}\n" for name, number in stat.items())
+        (folder / "memory.stat").write_text("".join(rows))
+
+    own.write_text(f"7:cpu:/other\n{groups.format('/slurm/job_7/step_0')}")
+    for path, most in (("", None), ("slurm/job_7", 8 * GIB), ("slurm/job_7/step_0", None)):
+        set_limit(path, most)
+    assert machine.free_memory(cpu) == 6 * GIB
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert machine.free_memory(cpu) == 3 << 30
+    assert machine.free_memory(cpu) == 3 * GIB
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    set_limit("slurm/job_7/step_0", 7 * GIB)  # the lowest limit counts, wherever it is
+    assert machine.free_memory(cpu) == 5 * GIB
+    set_limit("slurm/job_7/step_0", 9 * GIB)
+    assert machine.free_memory(cpu) == 6 * GIB
+    (tmp_path / "fs" / top / "slurm/job_7/memory.stat").unlink()
+    assert machine.free_memory(cpu) == 5 * GIB
 
     own.write_text(groups.format("/docker/7"))  # which a container sees as its top, unlimited here
-    assert machine.free_memory(cpu) == 32 << 30
-    (tmp_path / "fs" / top / f"memory.{limit}").write_text(f"{3 << 30}")
-    assert machine.free_memory(cpu) == (1 << 30) // 2
-    (tmp_path / "fs" / top / f"memory.{usage}").write_text(f"{5 << 30}")
+    assert machine.free_memory(cpu) == 64 * GIB
+    set_limit("", 3 * GIB)
+    assert machine.free_memory(cpu) == 1 * GIB
+    set_limit("", 3 * GIB, used=5 * GIB)
     assert machine.free_memory(cpu) == 0

@@ -189,43 +189,37 @@ def test_each_folder_gets_the_scores_of_its_own_titles(scored):
     assert "library_name: transformers" in card
 
 
-def test_the_cards_five_lines_load_the_model(scored, news, tmp_path):
+@pytest.mark.parametrize("kind", ["adapter", "merged"])
+def test_the_cards_five_lines_load_the_model(scored, news, tmp_path, kind):
+    folder = scored / ("run" if kind == "adapter" else kind)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    lines = re.search(r"^```python\n(.*?)^```$", card, re.M | re.S)[1]
+    assert len(lines.splitlines()) == 5
+    # Then more articles, by what the lines have made.
     rows = read_csv(news / "validation.csv")
-    cards = {}
-    for kind in ("merged", "run"):  # the merged one first, when nothing has loaded PEFT yet
-        card = (scored / kind / "README.md").read_text(encoding="utf-8")
-        cards[kind] = re.search(r"^```python\n(.*?)^```$", card, re.M | re.S)[1]
-        assert len(cards[kind].splitlines()) == 5
-    # Each in its own folder; then more articles, by what the lines have made.
-    script = f"""
-import json, os
-found = []
-for kind, lines in {cards!r}.items():
-    os.chdir(os.path.join({str(scored)!r}, kind))
-    made = {{}}
-    exec(lines, made)
-    prompt, write, written = made["prompt"], made["write"], []
-    for article in {[row["text"] for row in rows]!r}:
-        prompts = prompt.replace("{{article}}", article)
-        written.append(write(prompts, return_full_text=False)[0]["generated_text"])
-    found.append([written, any("lora_B" in name for name, _ in write.model.named_parameters())])
-print(json.dumps(found))
+    more = f"""
+import json
+for article in {[row["text"] for row in rows]!r}:
+    prompts = prompt.replace("{{article}}", article)
+    print(json.dumps(write(prompts, return_full_text=False)[0]["generated_text"]))
+print(json.dumps(any("lora_B" in name for name, _ in write.model.named_parameters())))
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", lines + more], cwd=folder, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert [lora for _, lora in found] == [False, True]
-    for kind, (written, _) in zip(cards, found, strict=True):
-        output = tmp_path / f"{kind}.csv"
-        call(
-            infer.main,
-            *("--run_dir", scored / kind, "--base_weights", "bf16", "--output_file", output),
-            *("--input_file", news / "validation.csv"),
-        )
-        details = output.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()[1:]
-        raw = [json.loads(line)["raw"] for line in details]
-        same = sum(a == b for a, b in zip(raw, written, strict=True))
-        assert same >= len(rows) - 2  # the border to the article may be tokenised in another way
+    *written, lora = done.stdout.splitlines()[-len(rows) - 1 :]
+    assert json.loads(lora) == (kind == "adapter")
+    output = tmp_path / "titles.csv"
+    call(
+        infer.main,
+        *("--run_dir", folder, "--base_weights", "bf16", "--output_file", output),
+        *("--input_file", news / "validation.csv"),
+    )
+    details = output.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()[1:]
+    raw = [json.loads(line)["raw"] for line in details]
+    same = sum(a == json.loads(b) for a, b in zip(raw, written, strict=True))
+    assert same >= len(rows) - 2  # the border to the article may be tokenized in another way
 
 
 def test_an_edited_card_stays(scored, news, capsys):

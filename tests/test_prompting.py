@@ -360,7 +360,7 @@ def test_complaint_about_a_title_without_room_for_its_eos(number):
     ],
     ids=["french", "no space", "chinese", "emoji", "dashes", "blank", "markers", "nested"],
 )
-def test_tokenising_only_the_head_of_a_long_text_changes_no_id(kind, text):
+def test_tokenizing_only_the_head_of_a_long_text_changes_no_id(kind, text):
     prompt = make(kind, "fr_llama2.txt")
     for shift in range(4):
         moved = "x" * shift + text

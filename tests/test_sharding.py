@@ -348,3 +348,37 @@ def test_other_models_are_left_alone():
     model = torch.nn.Linear(2, 2)
     with sharding.in_step(model):
         assert not model._forward_pre_hooks
+
+
+ROUNDS = """
+import json, sys
+sys.path[:0] = [{scripts!r}]
+import torch
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+from decoding import ROUND, generate_ids
+from prompting import Ends
+from sharding import in_step, layers_of
+
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+model = AutoModelForCausalLM.from_pretrained({model!r}, dtype=torch.float32).eval()
+ends = Ends(frozenset({{0}}), 0, b"")
+prompts, limit = ([[[7, 8, 9]], [[9, 8], [7]]][rank]), (2 * ROUND + 3, 5)[rank]
+alone = generate_ids(model, prompts, ends, limit)
+for layer in layers_of(model):
+    fully_shard(layer)
+fully_shard(model)
+with in_step(model):
+    assert generate_ids(model, prompts, ends, limit) == alone
+with open({out!r} + str(rank), "w") as stream:
+    json.dump([len(ids) for ids in alone], stream)
+"""
+
+
+def test_titles_may_take_more_rounds_on_one_process_than_on_another(tiny_llama2, tmp_path):
+    """`generate` would ask the other processes too, by a question of its own."""
+    probe, out = tmp_path / "probe.py", str(tmp_path / "rank")
+    probe.write_text(ROUNDS.format(scripts=str(SCRIPTS), model=str(tiny_llama2), out=out))
+    run_two(probe)
+    assert [json.loads((tmp_path / f"rank{rank}").read_text()) for rank in (0, 1)] == [[35], [5, 5]]

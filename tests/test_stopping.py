@@ -153,7 +153,7 @@ def test_a_run_that_came_and_went_while_this_one_checked_its_input_is_seen(
 def test_a_long_evaluation_is_not_read_through_when_it_is_to_stop(
     trained, tiny_model, news, tmp_path, monkeypatch
 ):
-    """Its rows are tokenised 64 at a time."""
+    """Its rows are tokenized 64 at a time."""
     write_csv(tmp_path / "long.csv", french_rows(500))
     args = train_args(tiny_model, news, tmp_path / "run", "--num_train_epochs", "1")
     args[args.index("--validation_file") + 1] = str(tmp_path / "long.csv")

@@ -20,7 +20,7 @@ from real_data import ROOT, SCRIPTS, machine, timed
 
 sys.path.append(str(SCRIPTS))
 
-from articles import Columns, check_articles, open_articles
+from articles import Columns, check_articles, evenly_spaced, open_articles
 from exit_codes import UserError, run
 from run_folder import commit, read_metrics, read_run_config, versions
 
@@ -106,14 +106,13 @@ def take_evenly(source: str, columns: Columns, count: int | None, target: Path) 
     """Write so many evenly spaced rows of a file, or all, as a CSV with IDs; return how many."""
     check_articles(source, columns, "validation")
     articles = open_articles(source, columns, "validation")
-    count = min(count or len(articles), len(articles))
-    chosen = [number * len(articles) // count for number in range(count)]
+    chosen = evenly_spaced(len(articles), count or len(articles))
     found = articles[chosen]
     with target.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(["ID", "text", "titles"])
         writer.writerows(zip(chosen, found["text"], found["title"], strict=True))
-    return count
+    return len(chosen)
 
 
 def articles_seen(run_config: dict, step: int) -> int:
