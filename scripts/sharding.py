@@ -215,7 +215,7 @@ class Whole:
         import torch
         from peft import get_peft_model
 
-        self.shards_adamw = adamw
+        self.sharded, self.shards_adamw = sharded, adamw
         self.model = get_peft_model(copy.deepcopy(base), lora_config)
         self.adamw = SimpleNamespace(state=defaultdict(dict), get_state_buffer=torch.zeros_like)
         shards = {n: p for n, p in sharded.named_parameters() if p.requires_grad}
@@ -250,8 +250,14 @@ class Whole:
     def scatter(self) -> None:
         """Put what was loaded into model and optimizer here into the shards."""
         import torch
+        from torch.distributed.fsdp import FSDPModule
         from torch.distributed.tensor import distribute_tensor
 
+        # What is in no decoder layer stays all-gathered after a forward pass, such as the trial of
+        # packed rows, and the next pass would not see what is loaded into the shards.
+        for module in self.sharded.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
         for whole, shard in self.pairs:
             # Every process has read all of it: nothing travels.
             mesh, placements = shard.device_mesh, shard.placements

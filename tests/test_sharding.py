@@ -15,6 +15,7 @@ import torch
 import yaml
 from conftest import ROOT, SCRIPTS, call, read_csv, train_args
 from test_distributed import start_two
+from test_families import SIZES, Family, save
 from test_train import EXACT, adapter, difference, metrics, updates
 
 import infer
@@ -382,3 +383,53 @@ def test_titles_may_take_more_rounds_on_one_process_than_on_another(tiny_llama2,
     probe.write_text(ROUNDS.format(scripts=str(SCRIPTS), model=str(tiny_llama2), out=out))
     run_two(probe)
     assert [json.loads((tmp_path / f"rank{rank}").read_text()) for rank in (0, 1)] == [[35], [5, 5]]
+
+
+LOADED = """
+import sys
+sys.path[:0] = [{scripts!r}]
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
+from modeling import load_base, skeleton
+from sharding import Whole, enable_fsdp, fsdp_plugin, shard
+
+plugin, folder, fp32 = fsdp_plugin(), {model!r}, torch.float32
+accelerator = Accelerator(fsdp_plugin=plugin)
+assert enable_fsdp(accelerator, plugin)
+config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+
+def adapted(sharded):
+    return get_peft_model(load_base(folder, accelerator.device, fp32, False, sharded), config)
+
+def fill(model):
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.fill_(0.1)
+
+model = adapted(sharded=True)
+adamw = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=False)
+model, _ = shard(accelerator, model, adamw, folder)
+whole = Whole(skeleton(folder, fp32), config, model, adamw)
+ids = torch.tensor([[7, 8, 9]])
+with torch.no_grad():
+    begun = model(input_ids=ids).logits
+    fill(whole.gather()[0])
+    whole.scatter()
+    found = model(input_ids=ids).logits
+    alone = adapted(sharded=False)
+    fill(alone)
+    expected = alone(input_ids=ids).logits
+torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+assert (begun - expected).abs().max() > 0.01 * expected.abs().max()
+"""
+
+
+def test_what_is_loaded_counts_in_layers_beside_the_decoders_too(tmp_path):
+    """They stay all-gathered from one forward pass to the next. (Of OPT-350m's kind, which projects
+    its embeddings; a Llama has no such linear layer.)"""
+    settings = {"ffn_dim": 128, "word_embed_proj_dim": 32, "max_position_embeddings": 512}
+    model = save(Family("OPTConfig", SIZES | settings), tmp_path / "model")
+    probe = tmp_path / "probe.py"
+    probe.write_text(LOADED.format(scripts=str(SCRIPTS), model=str(model)))
+    run_two(probe)
