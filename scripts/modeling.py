@@ -313,6 +313,17 @@ class DroppedProduct(torch.autograd.Function):
         return grad_of_x, grad.flatten(0, -2).t() @ (x * m).flatten(0, -2), None
 
 
+def leaves_unused(model) -> bool:
+    """Return whether some of what trains gets no gradient from any text, such as LoRA on layers
+    that look at pictures. It is tried, on two tokens."""
+    model.train()  # some models pass a layer by only then
+    ids = torch.zeros((1, 2), dtype=torch.long, device=model.device)
+    model(input_ids=ids, use_cache=False).logits.sum().backward()
+    unused = any(p.grad is None for p in model.parameters() if p.requires_grad)
+    model.zero_grad(set_to_none=True)
+    return unused
+
+
 def round_lora(model, dtype: torch.dtype) -> None:
     """Store the matrices of an adapter that is trained no more in `dtype`."""
     for name, parameter in model.named_parameters():

@@ -279,6 +279,9 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
         model, optimizer = sharding.shard(accelerator, model, adamw, base_folder)
         whole = sharding.Whole(skeleton, lora_config, model, adamw)
     else:
+        if num_processes > 1:  # DDP waits for every gradient, unless told that some never come
+            with accelerator.autocast():
+                accelerator.ddp_handler.find_unused_parameters = modeling.leaves_unused(model)
         model, optimizer = accelerator.prepare(model, adamw)
     unwrapped = accelerator.unwrap_model(model)
     attention = unwrapped.config._attn_implementation
