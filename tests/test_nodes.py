@@ -4,6 +4,7 @@ What stands in for sbatch, srun and scontrol does with run_train.sh what SLURM's
 there on, all is real, from the launcher to the processes that talk through a virtual cable.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import pytest
 import yaml
 from conftest import ROOT, train_args
 
+from exit_codes import UserError
 from nodes import Nodes
 
 SBATCH = """
@@ -221,6 +223,25 @@ def test_the_last_sign_of_life_is_given_before_the_process_may_end(monkeypatch):
 
 LONG = ("--num_train_epochs", 30, "--checkpointing_steps", 1000, "--save_total_limit", 1)
 LONG += ("--max_train_steps", 50, "--ddp_timeout", 30)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_process_that_fails_does_not_count_as_done(monkeypatch, fails):
+    """Those who wait for it are to be told of its node."""
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    variables = {"RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    with pytest.raises(UserError) if fails else contextlib.nullcontext(), Nodes(timeout=2):
+        while not store.check(["manchette/count1"]):
+            time.sleep(0.01)
+        if fails:
+            raise UserError("/models/7b", "no such folder", "fetch it")
+    count = store.add("manchette/count1", 0)
+    assert count > 0 if fails else count < 0
 
 
 def test_a_job_of_two_nodes_that_loses_one_ends_with_the_bytes_of_another(submit, nodes):
