@@ -61,10 +61,10 @@ def plan_memory(
 
     @functools.cache  # QLoRA differs from LoRA in the base's weights only
     def traced(full: bool, every: int):
-        return _trace(base, lora_config, args, device, size, full, every, shards)
+        return trace(base, lora_config, args, device, size, full, every, shards)
 
     def peak(way: str, every: int) -> int | None:
-        return _peak(traced(way == "full", every), base, device, way, shards)
+        return expected_peak(traced(way == "full", every), base, device, way, shards)
 
     room = free_memory(device) if room is None else room
     way = "qlora" if args.base_weights == "nf4" else "lora"  # dequantized, it is as large as that
@@ -79,19 +79,7 @@ def plan_memory(
     return record | {"estimate": estimate, "this_run": found}
 
 
-def expected_peak(
-    base, lora_config, args, device, size: MicroBatchSize, way: str, every: int, shards: int = 1
-) -> int | None:
-    """Return the bytes that training in one of WAYS takes at its peak; see `plan_memory`.
-
-    On a GPU they are those allocated there; on a CPU, the whole resident set. What AdamW updates
-    is in fp32: all weights in full fine-tuning, else the adapter's.
-    """
-    traced = _trace(base, lora_config, args, device, size, way == "full", every, shards)
-    return _peak(traced, base, device, way, shards)
-
-
-def _trace(base, lora_config, args, device, size, full: bool, every: int, shards: int):
+def trace(base, lora_config, args, device, size, full: bool, every: int, shards: int):
     """Return the model without its weights and `_peak_in_use`; None if it does not go through."""
     for kind in dict.fromkeys((device.type, "cpu")):  # the shapes are the same on both
         model = copy.deepcopy(base)
@@ -110,8 +98,15 @@ def _trace(base, lora_config, args, device, size, full: bool, every: int, shards
     return None
 
 
-def _peak(traced, base, device, way: str, shards: int) -> int | None:
-    """Return the `expected_peak` of what `_trace` returned."""
+def expected_peak(traced, base, device, way: str, shards: int = 1) -> int | None:
+    """Return the bytes that training in one of WAYS takes at its peak; see `plan_memory`.
+
+    On a GPU they are those allocated there; on a CPU, the whole resident set. What AdamW updates
+    is in fp32: all weights in full fine-tuning, else the adapter's.
+
+    Args:
+        traced: of `trace`, with the base's weights or with LoRA beside them.
+    """
     if traced is None:
         return None
     model, in_use = traced

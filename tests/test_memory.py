@@ -44,18 +44,27 @@ def base(folder):
 
 
 def expected(
-    base, way="qlora", every=0, device=CUDA, dropout=0.0, size=MICRO_BATCH, shards=1, **changes
+    base,
+    way="qlora",
+    every=0,
+    device=CUDA,
+    dropout=0.0,
+    r=16,
+    size=MICRO_BATCH,
+    shards=1,
+    **changes,
 ):
-    config, args = lora(base, dropout), arguments(**changes)
-    return memory.expected_peak(base, config, args, device, size, way, every, shards)
+    config, args = lora(base, dropout, r), arguments(**changes)
+    found = memory.trace(base, config, args, device, size, way == "full", every, shards)
+    return memory.expected_peak(found, base, device, way, shards)
 
 
-TRACE = memory._trace
+TRACE = memory.trace
 
 
 @functools.cache
 def traced(base, dropout, r, of_args, *rest):
-    # Has only what the key has: if `_trace` read more, it would fail.
+    # Has only what the key has: if `trace` read more, it would fail.
     names = ("mixed_precision", "gradient_accumulation_steps")
     args = argparse.Namespace(**dict(zip(names, of_args, strict=True)))
     return TRACE(base, lora(base, dropout, r), args, *rest)
@@ -69,7 +78,7 @@ def traced_once(monkeypatch):
         of_args = args.mixed_precision, args.gradient_accumulation_steps
         return traced(base, config.lora_dropout, config.r, of_args, *rest)
 
-    monkeypatch.setattr(memory, "_trace", trace)
+    monkeypatch.setattr(memory, "trace", trace)
 
 
 @pytest.mark.parametrize("way", list(memory.WAYS))
@@ -165,10 +174,9 @@ def test_gradients_of_micro_batches_before_are_counted(folder, base, way):
             loss.backward()
             peaks.append(count.peak)
             del loss
-    config = lora(base, r=64)
+    size = MicroBatchSize(1024, 256)
     once, again = (
-        memory.expected_peak(base, config, args, CUDA, MicroBatchSize(1024, 256), way, every=0)
-        for args in (arguments(gradient_accumulation_steps=n) for n in (1, 2))
+        expected(base, way, r=64, size=size, gradient_accumulation_steps=n) for n in (1, 2)
     )
     assert again - once == pytest.approx(peaks[1] - peaks[0], rel=0.1)
     assert again > once
@@ -227,7 +235,7 @@ def plan(base, device=CPU, **changes):
 
 @pytest.mark.parametrize(("asked", "every"), [("none", 0), ("full", 1), ("3", 3)])
 def test_checkpointing_is_as_asked_for(base, asked, every, monkeypatch):
-    monkeypatch.setattr(memory, "_trace", TRACE)  # or one record of it was compared with itself
+    monkeypatch.setattr(memory, "trace", TRACE)  # or one record of it was compared with itself
     record = plan(base, activation_checkpointing=asked)
     assert record["checkpointed_every"] == every
     assert record["this_run"] == record["estimate"]["qlora"] == expected(base, "qlora", every, CPU)
