@@ -146,23 +146,20 @@ def run(main) -> None:
     streams = sys.stdout, sys.stderr
     # Who was started without one gets one that goes nowhere, in place of the file opened next.
     sys.stdout, sys.stderr = (Unread(stream or _nowhere()) for stream in streams)
-    code, tell, lost, late, where = BUG, is_first_process(), False, False, ""
+    code, tell, lost, late = BUG, is_first_process(), False, False
     try:
         code = main() or DONE
     except UserError as error:
         lost = isinstance(error, LostNode)  # which may have said itself why it went
         code = STOPPED if lost else USER_ERROR
         tell = tell or isinstance(error, LoneError)
-        if not tell:
-            with suppress(KeyboardInterrupt):
-                time.sleep(PATIENCE)  # or until SIGTERM
-                tell = late = not lost and _is_alone_on_its_node(code)
-                where = f"on {node_name()}: "
+        if not tell and _is_left_to_itself() and not lost:
+            tell = late = _speaks_for_its_node(code)
         # What the frames hold goes now: a progress bar prints itself once more when it does.
         traceback.clear_frames(error.__traceback__)
         if tell:
             # What it quotes, such as the error of a library, may have lines; a complaint has one.
-            complaint = where + " ".join(str(error).split("\n"))
+            complaint = f"on {node_name()}: " * late + " ".join(str(error).split("\n"))
             with suppress(OSError):  # the code says what it can
                 print("error:", printable(complaint), file=sys.stderr)
     except KeyboardInterrupt:
@@ -170,8 +167,7 @@ def run(main) -> None:
     except SystemExit as exit_request:  # argparse: 0 after --help, 2 after a complaint of its own
         code = exit_request.code or DONE
         if code and not tell:
-            with suppress(KeyboardInterrupt):
-                time.sleep(PATIENCE)
+            _is_left_to_itself()
         if isinstance(code, str):  # sys.exit("what went wrong")
             print(code, file=sys.stderr)
             code = BUG
@@ -205,7 +201,16 @@ def _flush_streams() -> None:
             pass
 
 
-def _is_alone_on_its_node(code: int) -> bool:
+def _is_left_to_itself() -> bool:
+    """Wait to be ended by SIGTERM, as the first process has complained; return whether nobody has
+    in that time. Ctrl-C ends the wait."""
+    with suppress(KeyboardInterrupt):
+        time.sleep(PATIENCE)
+        return True
+    return False
+
+
+def _speaks_for_its_node(code: int) -> bool:
     """Return whether this is the first process of another node than the first, and the launchers
     have not been told the code by now, as they have if the first process has met the same."""
     if os.environ.get("LOCAL_RANK") != "0":

@@ -68,12 +68,13 @@ def largest_micro_batch(
             mine = [rows[index] for index in mine]
             if not mine:  # it gets the shortest article, without loss
                 continue
+            sizes, labels = [tokens[row] for row in mine], [titles[row] for row in mine]
             if padded:
-                longest = max(tokens[row] for row in mine), max(titles[row] for row in mine)
-                found = (*(len(mine) * each for each in longest), len(mine))
+                n = len(mine)
+                found = MicroBatchSize(n * max(sizes), n * max(labels), padded_rows=n)
             else:
-                found = sum(tokens[row] for row in mine), sum(titles[row] for row in mine)
-            largest = max(largest, MicroBatchSize(*found))
+                found = MicroBatchSize(sum(sizes), sum(labels))
+            largest = max(largest, found)
     return largest
 
 

@@ -311,7 +311,9 @@ def check_tracker(report_to: str) -> None:
         )
 
 
-def make_run_config(args, prompt, base_folder: Path, checked: dict, update_size: int) -> dict:
+def make_run_config(
+    args, prompt, base_folder: Path, checked: dict, articles_per_update: int
+) -> dict:
     """Return the record of a training run: all that infer and merge need, and how it came about."""
     return {
         "kind": "adapter",
@@ -320,7 +322,7 @@ def make_run_config(args, prompt, base_folder: Path, checked: dict, update_size:
         "base_fingerprint": model_fingerprint(base_folder),
         "prompt": prompt.settings(),
         "data": {split: vars(file) for split, file in checked.items()},
-        "articles_per_update": update_size,
+        "articles_per_update": articles_per_update,
         "versions": versions(),
         "commit": commit(),
     }
