@@ -15,6 +15,7 @@ import time
 
 import pytest
 from conftest import ROOT, SCRIPTS, byte_level_tokenizer, call, read_csv, train_args
+from test_families import LLAMA, Family, save
 from test_train import EXACT, adapter, difference, metrics, updates
 
 import infer
@@ -155,21 +156,13 @@ def test_dropout_differs_between_processes_and_adapters_stay_equal(tiny_model, r
 
 def test_layers_that_no_text_goes_through_hold_nobody_up(rows_17, tmp_path):
     """LoRA on all linear layers is on those of a vision tower too, whose gradients never come."""
-    import torch
-    from transformers import AutoModelForCausalLM, Gemma3Config
-
-    tokenizer, model = byte_level_tokenizer(), tmp_path / "model"
-    text = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128}
-    text |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    text |= {"head_dim": 16, "max_position_embeddings": 512, "initializer_range": 0.1}
-    text |= {"layer_types": ["full_attention"] * 2, "eos_token_id": tokenizer.eos_token_id}
+    text = LLAMA | {"vocab_size": len(byte_level_tokenizer()), "head_dim": 16}
+    text |= {"layer_types": ["full_attention"] * 2, "initializer_range": 0.1}
     vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-    places = {"image_token_index": 5, "boi_token_index": 6, "eoi_token_index": 7}
-    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **places)
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(model)
-    tokenizer.save_pretrained(model)
+    settings = {"text_config": text, "vision_config": vision, "mm_tokens_per_image": 4}
+    settings |= {"image_token_index": 5, "boi_token_index": 6, "eoi_token_index": 7}
+    model = save(Family("Gemma3Config", settings), tmp_path / "model")
 
     def args(name, batch):
         more = (*EXACT, "--per_device_train_batch_size", batch, "--gradient_accumulation_steps", 2)

@@ -273,21 +273,27 @@ def answer_signals():
         signal.signal(number, signal.SIG_DFL)
 
 
+def spool(launcher: str, tmp_path: Path) -> Path:
+    """Copy a launcher as sbatch does, and return the copy, which SLURM starts.
+
+    What stands in for scontrol, in `tmp_path / "bin"`, notes what it is told.
+    """
+    scontrol, spooled = tmp_path / "bin/scontrol", tmp_path / "spool/slurm_script"
+    for folder in (scontrol.parent, spooled.parent):
+        folder.mkdir(exist_ok=True)
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/scontrol\n')
+    scontrol.chmod(0o755)
+    shutil.copy(ROOT / launcher, spooled)
+    return spooled
+
+
 @pytest.fixture
 def job(tiny_model, news, tmp_path):
-    """Return a function that starts run_train.sh as sbatch would: a copy, spooled elsewhere.
-
-    What stands in for scontrol notes what it is told.
-    """
-    bin_dir, spooled = tmp_path / "bin", tmp_path / "spool/slurm_script"
-    for folder in (bin_dir, spooled.parent):
-        folder.mkdir()
-    shutil.copy(ROOT / "run_train.sh", spooled)
+    """Return a function that starts run_train.sh as sbatch would: a copy, spooled elsewhere."""
+    bin_dir, spooled = tmp_path / "bin", spool("run_train.sh", tmp_path)
     # sbatch reads the directives of the script that it is given.
     assert "#SBATCH --signal=B:USR1@300 " in spooled.read_text()
     assert "#SBATCH --requeue " in spooled.read_text()
-    (bin_dir / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/scontrol\n')
-    (bin_dir / "scontrol").chmod(0o755)
     (tmp_path / "tmp").mkdir()
     processes = []
 
@@ -362,11 +368,7 @@ def test_a_cancelled_job_saves_and_stays_out_of_the_queue(job, tmp_path):
 
 def test_outside_slurm_nothing_is_requeued(launch, tmp_path):
     """Though the same copy of the launcher was asked by nobody, and would requeue a job."""
-    (tmp_path / "bin/scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/scontrol\n')
-    (tmp_path / "bin/scontrol").chmod(0o755)
-    spooled = tmp_path / "spool/slurm_script"
-    spooled.parent.mkdir()
-    shutil.copy(ROOT / "run_train.sh", spooled)
+    spooled = spool("run_train.sh", tmp_path)
     settings = REAL | {"SLURM_SUBMIT_DIR": str(ROOT), "FAIL_WITH": str(STOPPED)}
     launch(spooled, code=STOPPED, **settings, SLURM_JOB_ID="")
     assert not (tmp_path / "scontrol").exists()
@@ -399,11 +401,7 @@ def test_a_job_whose_processes_are_all_signalled_saves_before_its_launcher_ends(
 
 def test_a_signal_between_two_scripts_is_not_lost(launch, tmp_path):
     """It ends the merge that it comes in; what would come after that never begins."""
-    (tmp_path / "bin/scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/scontrol\n')
-    (tmp_path / "bin/scontrol").chmod(0o755)
-    spooled = tmp_path / "spool/slurm_script"
-    spooled.parent.mkdir()
-    shutil.copy(ROOT / "run_infer.sh", spooled)
+    spooled = spool("run_infer.sh", tmp_path)
     settings = {
         "SIGNAL_IN": "scripts/merge.py",
         "SLURM_JOB_ID": "17",
