@@ -347,7 +347,8 @@ def check_targets(model, target_modules: list[str]) -> str | list[str]:
     """Return the names as `LoraConfig` takes them; refuse one that no layer but the head has.
 
     That excludes head and embeddings: where a model ties the two, LoRA on the one would be merged
-    into the other as well.
+    into the other as well. "all-linear" are those of the language model, where there are others
+    such as a vision tower's, through which no title's gradient goes.
 
     Raises:
         UserError: as said.
@@ -355,7 +356,10 @@ def check_targets(model, target_modules: list[str]) -> str | list[str]:
     layers = decoder_linears(model)
     kinds = sorted({name.rpartition(".")[2] for name in layers})
     if target_modules == ["all-linear"]:
-        return "all-linear"
+        if model.config.get_text_config(decoder=True) is model.config:
+            return "all-linear"
+        of_text = set(model.get_decoder().modules())
+        return [name for name, layer in layers.items() if layer in of_text]
     for target in target_modules:
         if not any(f".{name}".endswith(f".{target}") for name in layers):
             raise UserError(
@@ -385,7 +389,10 @@ def attach_adapter(base, adapter_dir: str):
         UserError: the folder has no readable adapter, or one made for another base.
     """
     try:
-        model = get_peft_model(base, LoraConfig(**lora_arguments(adapter_dir)))
+        arguments = lora_arguments(adapter_dir)
+        if (targets := arguments["target_modules"]) == "all-linear":
+            arguments["target_modules"] = check_targets(base, [targets])
+        model = get_peft_model(base, LoraConfig(**arguments))
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         file = RUN_CONFIG if find_run(adapter_dir)[1] else ADAPTER_CONFIG
         raise UserError(adapter_dir, f"no usable {file} ({error})", "give a run folder") from None

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from conftest import byte_level_tokenizer, call, french_rows, read_csv, train_args, write_csv
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, StoppingCriteriaList
 
 import infer
@@ -31,6 +32,8 @@ LLAMA = SIZES | {"intermediate_size": 128, "num_key_value_heads": 2, "max_positi
 GEMMA = LLAMA | {"head_dim": 32, "query_pre_attn_scalar": 16}
 CAPS = {"attn_logit_softcapping": 1.0, "final_logit_softcapping": 5.0}
 BOTH = {"layer_types": ["sliding_attention", "full_attention"]}
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+VISION |= {"num_hidden_layers": 1, "image_size": 28, "patch_size": 14, "vision_use_head": False}
 
 
 @dataclass
@@ -55,6 +58,12 @@ FAMILIES = {
     "gemma2, soft caps": Family("Gemma2Config", GEMMA | CAPS | {"sliding_window": 16}, False),
     "gemma3, windows": Family("Gemma3TextConfig", GEMMA | BOTH | {"sliding_window": 16}, False),
     "gemma3, wide windows": Family("Gemma3TextConfig", GEMMA | BOTH | {"sliding_window": 500}),
+    "gemma3, pictures": Family(
+        "Gemma3Config",
+        {"text_config": GEMMA | BOTH | {"sliding_window": 500}, "vision_config": VISION}
+        | {"mm_tokens_per_image": 4, "image_token_index": 5}
+        | {"boi_token_index": 6, "eoi_token_index": 7},
+    ),
     "gpt_neox, dropout": Family("GPTNeoXConfig", SIZES | {"attention_dropout": 0.3}),
     "opt, learned positions": Family(
         "OPTConfig",
@@ -97,17 +106,21 @@ def tokenizer_for(family: Family):
 def save(family: Family, folder: Path, **changes) -> Path:
     """Write a random model of a family; norms and biases are random too, for they may get lost."""
     tokenizer = tokenizer_for(family)
-    ids = {key: getattr(tokenizer, key) for key in ("eos_token_id", "pad_token_id")}
-    deviation = {"init_std" if family.config == "OPTConfig" else "initializer_range": 0.1}
-    config = getattr(transformers, family.config)(
-        vocab_size=len(tokenizer), **ids, **deviation, **family.settings | changes
-    )
+    common = {key: getattr(tokenizer, key) for key in ("eos_token_id", "pad_token_id")}
+    common |= {"init_std" if family.config == "OPTConfig" else "initializer_range": 0.1}
+    common |= {"vocab_size": len(tokenizer)}
+    settings = family.settings | changes
+    if "text_config" in settings:
+        settings |= {"text_config": settings["text_config"] | common}
+    config = getattr(transformers, family.config)(**common, **settings)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
+    if family.config == "BloomConfig":  # as its weights are: without their prefix
+        model = model.base_model
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -192,6 +205,7 @@ def test_through_all_steps(base, tmp_path, capsys):
     assert ("this model takes no packed rows" in said) != family.packed
     assert ("attention_dropout 0.3" in said) == ("attention_dropout" in family.settings)
     assert ("such as model.layers.0.mlp.experts" in said) == (family.config == "GptOssConfig")
+    assert not any("vision" in name for name in load_file(run / "adapter_model.safetensors"))
     bases = ("dequantised", "original")
     for model in ("run", *bases):
         if model != "run":
