@@ -210,17 +210,16 @@ def check_fit(base_folder: Path, adapter_dir: Path) -> None:
     base = shapes_in(weight_files(base_folder))
     for layer, key in sorted(adapted_layers(lora).items()):
         name = f"{layer}.weight"
-        if name not in base:
-            raise UserError(
-                base_folder, f"no tensor {name} in its files", "merge with peft instead"
-            )
-        a, b = (lora.get(f"{key}.lora_{matrix}.weight", (0, 0)) for matrix in "AB")
-        if a[0] != b[1] or (b[0], a[1]) != base[name]:
-            raise UserError(
-                adapter_dir / ADAPTER_WEIGHTS,
-                f"does not fit this base at {name}",
-                "give the base it was trained on",
-            )
+        # Where it has another name in the files, `Weights` looks again.
+        check_shapes(lora, key, base.get(name), adapter_dir / ADAPTER_WEIGHTS, name)
+
+
+def check_shapes(lora, key: str, shape: tuple[int, ...] | None, file: Path, name: str) -> None:
+    """Refuse two matrices that do not fit each other, or a weight of this shape if it is known."""
+    a, b = (lora.get(f"{key}.lora_{matrix}.weight", (0, 0)) for matrix in "AB")
+    if a[0] != b[1] or (b[0], a[1]) != (shape or (b[0], a[1])):
+        problem = f"does not fit this base at {name}"
+        raise UserError(file, problem, "give the base it was trained on")
 
 
 def shapes_in(files: list[Path]) -> dict[str, tuple[int, ...]]:
@@ -270,9 +269,12 @@ class Weights:
         for file in weight_files(self.base_folder):
             self.files |= dict.fromkeys(shapes_in([file]), file)
         self.arguments = lora_arguments(str(self.adapter_dir))
-        lora = shapes_in([self.adapter_dir / ADAPTER_WEIGHTS])
+        adapter = self.adapter_dir / ADAPTER_WEIGHTS
+        lora = shapes_in([adapter])
         self.layers = adapted_layers(lora)
         self.model = empty_model(self.base_folder, self.dtype)
+        self.stored = stored_names(self.model, self.files)
+        self.loaded = {stored: name for name, stored in self.stored.items()}
         linear = {n for n, m in self.model.named_modules() if isinstance(m, torch.nn.Linear)}
         head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
         tied = head is not None and head.weight is embedding.weight
@@ -280,10 +282,13 @@ class Weights:
             if layer not in linear or (tied and self.model.get_submodule(layer) is head):
                 kind = "the embedding too" if layer in linear else "no linear layer"
                 raise UserError(
-                    self.adapter_dir / ADAPTER_WEIGHTS,
+                    adapter,
                     f"it adapts {layer}, which is {kind} in this base",
                     "merge with peft's merge_and_unload instead",
                 )
+            self._require(f"{layer}.weight")
+            shape = tuple(self.model.get_submodule(layer).weight.shape)
+            check_shapes(lora, self.layers[layer], shape, adapter, f"{layer}.weight")
             rank = lora[f"{self.layers[layer]}.lora_A.weight"][0]
             if rank != lora_rank(self.arguments, layer):
                 raise UserError(
@@ -291,27 +296,21 @@ class Weights:
                     f"says another rank of {layer} than its matrices have",
                     "restore the file",
                 )
-        parameters = dict(self.model.named_parameters())
-        self.stored = {name: name for name in parameters.keys() & self.files.keys()}
-        shapes = shapes_in(weight_files(self.base_folder))
-        renamed = {n: tuple(p.shape) for n, p in parameters.items() if n not in self.files}
-        left = {n: shapes[n] for n in self.files if n not in parameters}
-        for name, shape in renamed.items():
-            # transformers may rename one as it loads it: it is the only one left of its shape.
-            alike = [n for n in left if left[n] == shape]
-            if len(alike) == 1 and list(renamed.values()).count(shape) == 1:
-                self.stored[name] = alike[0]
         quantized = decoder_linears(self.model) if self.nf4 else {}
-        self.quantized = {f"{name}.weight" for name in quantized}
-        if missing := self.quantized - self.files.keys():
-            raise UserError(
-                self.base_folder,
-                f"no tensor {min(missing)} in its files",
-                "merge with peft instead",
-            )
+        self.quantized = {self._require(f"{name}.weight") for name in sorted(quantized)}
+
+    def _require(self, name: str) -> str:
+        """Return what the files call a parameter; refuse one that they do not have as it is."""
+        if name not in self.stored:
+            problem = f"no tensor {name} in its files"
+            raise UserError(self.base_folder, problem, "merge with peft instead")
+        return self.stored[name]
 
     def base(self, name: str, dequantised: bool):
-        """Return a tensor of the base, rounded to NF4 and back if it was 4-bit in training."""
+        """Return a tensor of the base, rounded to NF4 and back if it was 4-bit in training.
+
+        Tensors go by their names in the base's files, here and in `merged`.
+        """
         weight = read_tensor(self.files[name], name).to(self.device)
         if weight.is_floating_point():
             weight = weight.to(self.dtype)
@@ -341,7 +340,8 @@ class Weights:
         import torch
 
         weight = self.base(name, base == "dequantised")
-        if (lora := self.lora(name.removesuffix(".weight"))) is not None:
+        layer = self.loaded.get(name, name).removesuffix(".weight")
+        if (lora := self.lora(layer)) is not None:
             a, b, scaling = lora
             with torch.autocast(self.device.type, enabled=False):  # in which the check runs
                 product = b @ a
@@ -396,6 +396,27 @@ class Weights:
             dtype = {2: "BF16", 4: "F32"}[self.dtype.itemsize]
         end = start + math.prod(shape) * BYTES[dtype]
         return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}, end
+
+
+def stored_names(model, files) -> dict[str, str]:
+    """Return what files of a base call the parameters of its model, without those that transformers
+    makes of several tensors. It has other names for some families' once they are loaded.
+
+    Args:
+        model: without weights.
+        files: names of tensors.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    parameters = dict(model.named_parameters())
+    saved = {id(p): name for name, p in revert_weight_conversion(model, parameters).items()}
+    prefix = f"{model.base_model_prefix}."  # missing where a model was saved without its head
+    stored = {}
+    for name, parameter in parameters.items():
+        others = (name, saved.get(id(parameter)), name.removeprefix(prefix))
+        if found := next((other for other in others if other in files), None):
+            stored[name] = found
+    return stored
 
 
 def stored_dtype(file: Path, name: str) -> str:

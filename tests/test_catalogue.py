@@ -525,9 +525,10 @@ RUNS = {
         files={"run/adapter_model.safetensors": OF_A_WIDER_BASE},
     ),
     "merge of an adapter of other names": merge(
-        "error: model: no tensor model.layers.9.mlp.down_proj.weight in its files; merge with "
-        "peft instead",
+        "error: run/adapter_model.safetensors: it adapts model.layers.9.mlp.down_proj, which is "
+        "no linear layer in this base; merge with peft's merge_and_unload instead",
         files={"run/adapter_model.safetensors": OF_OTHER_NAMES},
+        needs="model",
     ),
 }
 OUTPUTS = {
