@@ -144,6 +144,9 @@ def run(main) -> None:
     them: then the first one of that node tells it.
     """
     streams = sys.stdout, sys.stderr
+    for stream in streams:  # of a title or a file's name, it may not be able to show all
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     # Who was started without one gets one that goes nowhere, in place of the file opened next.
     sys.stdout, sys.stderr = (Unread(stream or _nowhere()) for stream in streams)
     code, tell, lost, late = BUG, is_first_process(), False, False

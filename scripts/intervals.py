@@ -42,7 +42,7 @@ class Bootstrap:
             method="percentile",
             rng=SEED,
         )
-        self.means = columns.mean(axis=1)
+        self.num_rows, self.means = num_rows, columns.mean(axis=1)
         self.drawn_means = result.bootstrap_distribution  # [figures, RESAMPLES]
         self.intervals = numpy.stack(result.confidence_interval, axis=1)  # [figures, 2]
 
@@ -50,7 +50,9 @@ class Bootstrap:
         """Return the difference of two means, its interval and a two-sided p-value.
 
         p is how often a difference at least as large comes up when there is none: the drawn
-        differences are moved to lie around 0 (Efron and Tibshirani 1993, chapter 16).
+        differences are moved to lie around 0 (Efron and Tibshirani 1993, chapter 16). It is no less
+        than how often as many rows would all point the same way by chance: of a few, resampling
+        draws too little.
         """
         import numpy
 
@@ -62,5 +64,5 @@ class Bootstrap:
         return {
             "difference": float(difference),
             "interval": numpy.quantile(drawn, [tail, 1 - tail]).tolist(),
-            "p": (1 + int(as_large.sum())) / (1 + RESAMPLES),
+            "p": max((1 + int(as_large.sum())) / (1 + RESAMPLES), 2.0 ** (1 - self.num_rows)),
         }

@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from exit_codes import ArgumentParser, UserError, run
+from exit_codes import ArgumentParser, UserError, run, writing
 from libraries import quick_imports
 
 VERSION = 2  # of what is made; a folder made by another version is refused
@@ -290,11 +290,12 @@ def main(argv=None):
     # Everything is made beside the folder and renamed at the end: what is there is complete. Nor is
     # anything left by SIGTERM, with which a launcher ends this.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        prefix=f"{output_dir.name}.partial-", dir=output_dir.parent
-    ) as partial:
-        folder = Path(partial) / "demo"
+    final = output_dir.resolve()  # it may be a link to a folder
+    with writing(output_dir):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        partial = tempfile.TemporaryDirectory(prefix=f"{final.name}.partial-", dir=final.parent)
+    with partial:
+        folder = Path(partial.name) / "demo"
         folder.mkdir()
         start = time.perf_counter()
         write_corpus(folder, args)
@@ -302,7 +303,7 @@ def main(argv=None):
         if args.model:
             make_model(folder / "model", args.seed, args.pretraining_steps)
         (folder / "demo.json").write_text(json.dumps(settings, indent=2) + "\n")
-        folder.rename(output_dir)
+        folder.rename(final)
     print(f"{output_dir}: made in {time.perf_counter() - start:.0f} s")
 
 

@@ -68,7 +68,7 @@ def write_line(part, content: dict, num_left: int = 1) -> None:
     Raises:
         UserError: the disk is full, or cannot be written for another reason.
     """
-    line = (json.dumps(content, ensure_ascii=False) + "\n").encode()
+    line = (json.dumps(content, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
     with writing(part.name, num_left * len(line)):
         while line:
             line = line[part.write(line) :]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from exit_codes import printable, writing
 from plots import interval, plot_curve, plot_memory, plots, text, with_true_titles
+from title_facts import plain
 
 TEMPLATE = Path(__file__).with_name("report.html")
 ARTICLE_CHARACTERS, TITLE_CHARACTERS = 6_000, 1_000  # that are embedded of each
@@ -313,5 +314,6 @@ def payload(figures: dict, sample: dict) -> dict:
 
 
 def _cut(words: str, characters: int) -> str:
+    words = plain(words)  # as what is flagged in them
     words = words if len(words) <= characters else f"{words[:characters]}…"
     return "\n".join(map(printable, words.splitlines()))

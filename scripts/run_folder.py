@@ -272,7 +272,9 @@ def write_json(path: Path, content: dict) -> None:
     even after a crash of the machine."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)  # were it a link, what it names would be overwritten
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    # A file's name need not be UTF-8: what is not stands there as JSON's own escapes.
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     flush(temporary)
     os.replace(temporary, path)
 

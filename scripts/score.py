@@ -18,6 +18,7 @@ from articles import SUFFIXES, Checked, Columns, check_articles, evenly_spaced, 
 from baselines import check_baselines
 from exit_codes import ArgumentParser, UserError, note, run, writing
 from model_card import write_results
+from plots import TRUE
 from run_folder import read_metrics, read_run_config, write_json
 
 # Of a Hub dataset that names none; of articles as infer.py has it.
@@ -26,6 +27,7 @@ PACKAGES = ("evaluate", "rouge_score", "scipy", "py3langid")
 SCORES, FLAGGED, REPORT = "scores.json", "flags.jsonl", "report.html"
 MADE_BY = ("model", "adapter", "base_weights", "precision", "decoding", "max_new_tokens")
 SHOWN_ROWS = 2_000  # of larger files, so many evenly spaced rows are listed in the report
+FEW_ROWS = 30  # of fewer, a bootstrap's intervals are too narrow: of 10, they hold 90 % for 95
 BASELINES_HELP = "any of lead1, first40 (or another number), ext-oracle"
 RUNS_HELP = "of train.py or merge.py: curves, memory; results into their cards"
 
@@ -34,12 +36,13 @@ def parse_args(argv=None):
     parser = ArgumentParser(__doc__)
     add = parser.add_argument_group("files").add_argument
     add("--references", metavar="FILE", help="the true titles")
-    add("--predictions", nargs="+", default=[], metavar="[NAME=]FILE", help="titles, by system")
+    several = {"action": "extend", "nargs": "+", "default": []}
+    add("--predictions", **several, metavar="[NAME=]FILE", help="titles, by system")
     add("--articles", metavar="FILE", help="(default: the references, if they have the column)")
-    add("--runs", nargs="+", default=[], metavar="FOLDER", help=RUNS_HELP)
+    add("--runs", **several, metavar="FOLDER", help=RUNS_HELP)
     add("--output_dir", required=True, metavar="FOLDER", help=f"for {REPORT} and the figures")
     add = parser.add_argument_group("comparison").add_argument
-    add("--baselines", nargs="+", default=[], metavar="NAME", help=BASELINES_HELP)
+    add("--baselines", **several, metavar="NAME", help=BASELINES_HELP)
     add("--compare_to", metavar="NAME", help="p-values against it (default: the first one)")
     columns = parser.add_argument_group("columns", "Default: the challenge's and infer.py's names.")
     add = columns.add_argument
@@ -153,7 +156,7 @@ def name_files(arguments: list[str]) -> dict[str, str]:
             name = Path(path).name
             suffixes = [suffix for suffix in SUFFIXES if name.lower().endswith(suffix)]
             name = name[: len(name) - max(map(len, suffixes), default=0)]
-        if not name or not name.isprintable():
+        if not name or not name.isprintable() or name.strip("()") == TRUE:
             raise UserError(argument, "no name for this row", "give NAME=FILE")
         if name in files:
             raise UserError(
@@ -385,7 +388,7 @@ def write_flags(path: Path, ids: list[str], figures: dict) -> None:
 def format_tables(scores: dict) -> str:
     """Lay the scores out as tables that are 80 columns wide."""
     systems = scores["predictions"]
-    everything = {"(true titles)": scores["references"]} if "references" in scores else {}
+    everything = {f"({TRUE})": scores["references"]} if "references" in scores else {}
     everything |= systems
     lines = []
     if "references" in scores:
@@ -450,6 +453,8 @@ def legend(scores: dict) -> list[str]:
         ]
         if scores["rows"] > 1 and len(scores["predictions"]) > 1:
             lines.append(f"p: of a difference in R-L to {short(scores['compared_to'])}, paired.")
+        if scores["rows"] < FEW_ROWS:
+            lines.append(f"Of fewer than {FEW_ROWS} titles, the intervals are too narrow.")
     lines += [
         "half: so many words have half of the titles. Languages: of those with a letter.",
         "twice: of several articles; loops: same words three times; cut: by the limit.",

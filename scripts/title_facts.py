@@ -16,6 +16,7 @@ from collections import Counter
 # It always chooses: a title of one or two words is a guess, and so is one of names only.
 CANDIDATES = ("ar", "de", "en", "es", "fr", "it", "nl", "pt", "ru", "zh")
 WORD = re.compile(r"[^\W_]+")
+UNSEEN = dict.fromkeys(map(ord, "\u00ad\u200b\u2060\ufeff"))  # within words: soft hyphens and such
 LOOP_WORDS, LOOP_TIMES = 3, 3  # three words in a row, three times or more anywhere
 NGRAMS = (1, 2, 3, 4)  # as in the tables of OrangeSum (arXiv 2010.12321)
 
@@ -35,8 +36,10 @@ FUNCTION_WORDS = frozenset(
     """.split()  # noqa: SIM905
 )
 NO_NAMES = frozenset("MM Mme Mmes Mlle Mlles Me Dr Mgr Md Mds".split())  # noqa: SIM905
-# VIDÉO. or EN DIRECT : before a title; initials rarely have more than four letters.
-LABEL = re.compile(r"(?=[^.:]*?[^\W\d_]{5})[^.:]+[.:](?!\w)")
+# VIDÉO. or EN DIRECT : or SONDAGE - before a title; initials rarely have more than four letters.
+DASH = r"\s[-–—|]\s"
+IN_LABEL = rf"(?:(?!{DASH})[^.:])"
+LABEL = re.compile(rf"(?={IN_LABEL}*?[^\W\d_]{{5}}){IN_LABEL}+(?:[.:](?!\w)|{DASH})")
 # A straight ' is an apostrophe as often as a quotation mark, and is taken for none.
 QUOTATION = re.compile(r"«([^«»]*)»|“([^“”]*)”|\"([^\"]*)\"|‘((?:[^‘’]|’(?=\w))*)’")
 LEFT_OUT = re.compile(r"…|\.\.\.|\([^()]*\)|\[[^\[\]]*\]")  # of a quotation, or put into it
@@ -70,7 +73,18 @@ def language_classifier():
 
 def words_of(text: str) -> list[str]:
     """Return the words of a text in any script, in lower case; l'Élysée is l and élysée."""
-    return WORD.findall(unicodedata.normalize("NFC", text.lower()))
+    return WORD.findall(plain(text.lower()))
+
+
+def plain(text: str) -> str:
+    """Return a text with one character for a letter and its accent, and without what is not seen:
+    it may have come by a PDF or another system."""
+    return unicodedata.normalize("NFC", text).translate(UNSEEN)
+
+
+def join_initials(text: str) -> str:
+    """S.N.C.F. becomes SNCF."""
+    return INITIALS.sub(lambda match: match[0].replace(".", ""), text)
 
 
 def ngrams(words: list[str], n: int):
@@ -116,7 +130,7 @@ class Article:
     """What of an article the claims of a title are looked up in."""
 
     def __init__(self, text: str):
-        text = INITIALS.sub(lambda match: match[0].replace(".", ""), text)
+        text = join_initials(plain(text))
         self.words = [fold(word) for word in WORD.findall(text)]
         stems = list(map(stem, self.words))
         self.stems, self.text = set(stems), f" {' '.join(stems)} "
@@ -124,7 +138,7 @@ class Article:
 
     def lacks_numbers(self, title: str) -> list[str]:
         """Return the numbers of a title that the article has not, in figures or in words."""
-        found = numbers_in(title)
+        found = numbers_in(plain(title))
         return _unique(number for number, values in found if self.numbers.isdisjoint(values))
 
     def lacks_names(self, title: str) -> list[str]:
@@ -135,7 +149,7 @@ class Article:
         "américaine" comes from "Américains".
         """
         missing = []
-        for run in names_in(title):
+        for run in names_in(plain(title)):
             words = [WORD.findall(name.replace(".", "")) for name in run]  # of initials
             parts = [[stem(fold(part)) for part in of_name] for of_name in words]
             new = [
@@ -159,7 +173,7 @@ class Article:
         """Return the quotations of two words or more that the article has not word for word."""
         text = f" {' '.join(self.words)} "
         missing = []
-        for match in QUOTATION.finditer(title):
+        for match in QUOTATION.finditer(join_initials(plain(title))):
             quoted = next(group for group in match.groups() if group is not None)
             parts = [" ".join(map(fold, WORD.findall(part))) for part in LEFT_OUT.split(quoted)]
             if sum(len(part.split()) for part in parts) > 1:
@@ -227,7 +241,7 @@ def numbers_in(text: str, ordinals: bool = False) -> list[tuple[str, set[str]]]:
     and mille alone, which are also "many". `ordinals`: and those, un and ordinals, for what a
     title's "1er" may come from, and 3 of "3 millions".
     """
-    whole, text = text, CLOCK.sub(" ", text)  # of the same length
+    whole, text = text, CLOCK.sub("|", text)  # of the same length; 4x400 is not 4 400
     found = []
     for match in NUMBER.finditer(text):
         values = _values(match["number"])

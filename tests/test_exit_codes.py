@@ -59,6 +59,11 @@ def test_codes_and_complaints(tmp_path, code):
     assert written == f"{done.returncode}\n"
 
 
+def test_what_a_terminal_cannot_show_ends_nothing(tmp_path):
+    done, _ = run(r"print('cœur', 'art\udce9.csv')", tmp_path, PYTHONIOENCODING="latin-1")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "c\\u0153ur art\\udce9.csv\n", "")
+
+
 def test_a_bug_is_1_with_its_traceback(tmp_path):
     done, written = run("return {}['key']", tmp_path)
     assert done.returncode == 1

@@ -1,6 +1,7 @@
 """infer.py: titles of a file. Run: python -m pytest tests/test_infer.py"""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -639,9 +640,10 @@ def test_through_accelerate_launch(run_script, predicted, trained, news, tmp_pat
 
 
 def test_rows_without_ids_count_from_0(trained, news, tmp_path):
+    """And a file's name need not be UTF-8."""
     rows = [{"text": row["text"]} for row in read_csv(news / "test.csv")]
-    write_csv(tmp_path / "bare.csv", rows)
-    more = ("--input_file", tmp_path / "bare.csv")
+    bare = write_csv(tmp_path / os.fsdecode("né.csv".encode("latin-1")), rows)
+    more = ("--input_file", bare)
     call(infer.main, "--run_dir", trained, *args_for(news, tmp_path / "out.csv", *more))
     assert [row["ID"] for row in read_csv(tmp_path / "out.csv")] == [str(n) for n in range(9)]
 

@@ -53,6 +53,12 @@ def test_p_values_are_those_of_a_paired_test(bootstrap):
     assert made.intervals[1][0] < made.intervals[0][1]
 
 
+def test_of_few_rows_no_small_p_is_told():
+    """Of three differences without a reason, all point the same way once in four times."""
+    gains = numpy.array([0.01, 0.02, 0.03])
+    assert Bootstrap(numpy.stack([gains, 2 * gains])).compare(1, 0)["p"] == 0.25
+
+
 def test_the_smallest_p_is_not_zero():
     made = Bootstrap(numpy.stack([numpy.zeros(50), numpy.ones(50)]))
     assert made.compare(1, 0)["p"] == 1 / (1 + RESAMPLES)

@@ -199,6 +199,17 @@ def test_a_complete_demo_is_left_alone(demo):
     assert (demo / "train.csv").stat().st_mtime_ns == before
 
 
+def test_a_folder_that_cannot_be_made_and_one_that_is_a_link(tmp_path):
+    refused = make("/proc/none/demo", "--no-model")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: /proc/none/demo: cannot be written (")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    assert make(tmp_path / "link", *SMALL, "--no-model").returncode == 0
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "demo.json").is_file()
+
+
 def test_a_launcher_that_ends_it_leaves_nothing(tmp_path):
     command = [sys.executable, str(SCRIPTS / "make_demo.py"), "--output_dir", "demo"]
     process = subprocess.Popen([*command, "--train_rows", "1000000"], cwd=tmp_path)

@@ -419,12 +419,36 @@ def test_names_of_rows(files, monkeypatch):
     assert named == {"x_lr=2e-4": "b.csv", "y_lr=2e-4": "lr=2e-4.csv", "z": "lr=none.csv"}
 
 
+def test_an_option_may_be_given_again(files):
+    again = ("--predictions", "b.csv", "--baselines", "lead1", "--baselines", "first40")
+    args = score.parse_args(
+        ["--references", "r.csv", "--predictions", "a.csv", *again, "--output_dir", "out"]
+    )
+    assert (args.predictions, args.baselines) == (["a.csv", "b.csv"], ["lead1", "first40"])
+    assert score.parse_args(["--runs", "a", "--runs", "b", "--output_dir", "out"]).runs == ["a", "b"]
+
+
+def test_names_of_files_need_not_be_utf_8(files):
+    latin_1 = os.fsdecode("prédictions.csv".encode("latin-1"))
+    (files / latin_1).write_bytes((files / "a.csv").read_bytes())
+    done = command_line(
+        *("--references", "references.csv", "--output_dir", "out"),
+        *("--predictions", f"A={latin_1}"),
+        cwd=files,
+    )
+    assert done.stderr == ""
+    scores = json.loads((files / "out" / "scores.json").read_text(encoding="utf-8"))
+    assert (files / scores["predictions"]["A"]["path"]).is_file()
+
+
 @pytest.mark.parametrize(
     ("predictions", "complaint"),
     [
         (["a.csv", "other/a.csv"], "other/a.csv: a second file is called 'a'; tell them apart by"),
         (["b=a.csv", "b.csv"], "b.csv: a second file is called 'b'; tell them apart by NAME=FILE"),
         (["=a.csv"], "=a.csv: no name for this row; give NAME=FILE"),
+        (["true titles=a.csv"], "true titles=a.csv: no name for this row; give NAME=FILE"),
+        (["(true titles)=a.csv"], "(true titles)=a.csv: no name for this row; give NAME=FILE"),
         (["a\nb=a.csv"], "a\nb=a.csv: no name for this row; give NAME=FILE"),
     ],
 )

@@ -3,6 +3,9 @@
 python -m pytest tests/test_title_facts.py
 """
 
+import itertools
+import unicodedata
+
 import pytest
 
 from title_facts import (
@@ -177,6 +180,9 @@ def test_a_number_may_be_read_in_more_than_one_way():
     assert numbers_in("3 M. et Mme") == [("3", {"3"})]
     assert numbers_in("2 à 3 millions") == [("2", {"2", "2000000"}), ("3", {"3000000"})]
     assert numbers_in("007") == [("007", {"7"})]
+    assert numbers_in("4x400 m à 20h300") == [
+        (number, {number}) for number in ("4", "400", "20", "300")
+    ]
     assert numbers_in("en 2019 100 personnes") == [("2019", {"2019"}), ("100", {"100"})]
     assert numbers_in("9" * 5000)[0][1] == {"9" * 5000}
 
@@ -209,10 +215,27 @@ def test_a_number_may_be_read_in_more_than_one_way():
         ("INFO EUROPE 1. Un accord", []),
         ("SNCF : le trafic perturbé", ["SNCF"]),
         ("La VIDÉO : le trafic", ["VIDÉO"]),
+        ("VIDÉO - Un accord", []),
+        ("FAIT DIVERS – Un mort à Nîmes - Paris", ["Nîmes"]),
+        ("SNCF - Un accord", ["SNCF"]),
     ],
 )
 def test_what_is_written_as_a_name(title, names):
     assert [name for run in names_in(title) for name in run] == names
+
+
+def test_it_does_not_matter_how_accents_are_encoded_or_what_is_not_seen():
+    text = "L'élu de Nîmes, M. Élie Béré, a « été reçu à l'hôpital », dit-il, le zéro juillet."
+    decomposed = unicodedata.normalize("NFD", text)
+    hyphenated = text.replace("ô", "ô\u00ad").replace("Béré", "Bé\u200bré")
+    for article, title in itertools.permutations([text, decomposed, hyphenated], 2):
+        found = Article(article)
+        assert found.lacks_names(title) == []
+        assert found.lacks_quotations(title) == []
+        assert words_of(article) == words_of(title)
+    title = unicodedata.normalize("NFD", "Élie Béré à Orléans : « Béré à l'hôpital »")
+    assert Article(text).lacks_names(title) == ["Orléans"]
+    assert Article(text).lacks_quotations(title) == ["Béré à l'hôpital"]
 
 
 @pytest.mark.parametrize(
