@@ -6,7 +6,8 @@
 Each loop is a process of its own; they take turns (A B C A B C ...). Counted are articles per
 second from the first prompt to the last title, in the file if there is one, without the loading of
 the model; the peak memory of the whole process, or of the GPU; and how many titles are the same as
-the pipeline's, for nobody wins by writing something else. Ours is scripts/infer.py itself.
+the pipeline's. Nobody wins by writing less: the peers end a title with its line too, by infer.py's
+own criterion, which a plain `generate` does not. Ours is scripts/infer.py itself.
 
     ours        infer.py on the model as it is, in bf16
     pipeline    transformers' text-generation pipeline, one article at a time: the report's way
@@ -222,9 +223,15 @@ def run_ours(args) -> None:
 def run_peer(args) -> None:
     """Write titles as a user of plain transformers would, for the prompts that infer.py has."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        StoppingCriteriaList,
+        pipeline,
+    )
 
     from articles import Columns, iterate_articles
+    from decoding import LineEnd
     from prompting import Prompt, load_tokenizer, read_template
 
     prompt = Prompt(
@@ -234,7 +241,14 @@ def run_peer(args) -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).to(device)
-    how = {"max_new_tokens": args.max_new_tokens, "do_sample": False, "max_length": None}
+    ends = prompt.ends(model.generation_config)
+
+    def how(prompt_length: int) -> dict:
+        """Return the options of `generate`: greedy, to the end of a line."""
+        options = {"max_new_tokens": args.max_new_tokens, "do_sample": False, "max_length": None}
+        line_end = StoppingCriteriaList([LineEnd(ends, prompt_length)])
+        return options | {"stopping_criteria": line_end}
+
     rows = iterate_articles(args.data_file, Columns(title=None))
     texts = [row["text"] for _, row in zip(range(args.rows), rows, strict=False)]
     start, written = time.perf_counter(), []
@@ -243,13 +257,14 @@ def run_peer(args) -> None:
     if args.child == "pipeline":
         pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
         for text in prompts:
-            [answer] = pipe(text, return_full_text=False, **how)
+            length = len(tokenizer(text).input_ids)
+            [answer] = pipe(text, return_full_text=False, **how(length))
             written.append(answer["generated_text"])
     else:
         for first in range(0, len(prompts), 8):
             batch = tokenizer(prompts[first : first + 8], return_tensors="pt", padding=True)
-            batch = batch.to(device)
-            new_ids = model.generate(**batch, **how)[:, batch["input_ids"].shape[1] :]
+            batch, length = batch.to(device), batch["input_ids"].shape[1]
+            new_ids = model.generate(**batch, **how(length))[:, length:]
             written += tokenizer.batch_decode(new_ids, skip_special_tokens=True)
     with open(args.output_file, "w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)
