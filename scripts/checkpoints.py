@@ -22,6 +22,7 @@ from run_folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     DEFAULTS_OF_NEWER_ARGUMENTS,
+    LOCK,
     METRICS,
     OPTIMIZER,
     RUN_CONFIG,
@@ -123,7 +124,7 @@ def find_checkpoint(args, run_config: dict) -> Path | None:
     if not Path(args.output_dir, RUN_CONFIG).is_file():
         if args.resume_from_checkpoint != "latest":
             raise UserError(args.resume_from_checkpoint, f"no run in {args.output_dir}", "omit it")
-        check_output_dir(args.output_dir, own_files=(f"{RUN_CONFIG}{UNFINISHED}",))
+        check_output_dir(args.output_dir, own_files=(LOCK, f"{RUN_CONFIG}{UNFINISHED}"))
         note(f"no run in {args.output_dir} to resume yet; starting one")
         return None
     recorded = read_run_config(args.output_dir)

@@ -11,6 +11,7 @@ them; no GPU is needed.
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -36,12 +37,14 @@ from run_folder import (
     check_output_dir,
     file_sha256,
     find_run,
+    first_line,
     flush,
     note_override,
     read_adapter_config,
     read_run_config,
     resolve_model_folder,
     versions,
+    weight_files,
     write_json,
 )
 
@@ -99,7 +102,11 @@ def main(argv=None):
         if args.push_to_hub:
             push(args.output_dir, args.push_to_hub)
         return
-    check_output_dir(args.output_dir)
+    check_output_dir(args.output_dir, own_files=())
+    if os.path.ismount(args.output_dir):
+        raise UserError(
+            args.output_dir, "another file system begins here", "give a folder within it"
+        )
     texts = check_texts(args, run_config)
     base_folder = resolve_model_folder(model_name)
     check_base(base_folder, model_name, run_config["base_fingerprint"], run_dir)
@@ -123,11 +130,11 @@ def main(argv=None):
     prompt = prompt_of_run(tokenizer, run_config["prompt"], run_dir)
 
     # ------------------------------------------------------------------ merge under another name
-    output_dir = Path(args.output_dir).absolute()
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    output_dir = Path(args.output_dir).resolve()  # it may be a link
     weights = Weights(base_folder, Path(adapter_dir), dtype, nf4)
     with partial_folder(output_dir) as temporary:
-        weights.write(temporary, args.base)
+        # In the files' first bytes, so that `model_fingerprint` tells this model from others.
+        weights.write(temporary, args.base, {"merged": f"{adapter_sha256} {args.base}"})
         tokenizer.save_pretrained(temporary)
         # From scratch: what a base repository samples with would make the merged model random,
         # and may be invalid as it stands, so that nobody could save the model again.
@@ -151,16 +158,19 @@ def main(argv=None):
             note(f"no check: {min(unknown)} has another name in the base's files")
         elif texts:
             prompts = [example.ids for example in prompt.encode_all(texts)]
-            check = compare_logits(weights, temporary, args.base, prompts, tokenizer.eos_token_id)
-            run_config["merge_check"] = check.pop(args.base)
-            run_config["merge_check"] |= {f"{base}_base": found for base, found in check.items()}
-            describe_check(run_config["merge_check"], args.base, len(texts))
+            check = try_check(weights, temporary, args.base, prompts, tokenizer.eos_token_id)
+            if check:
+                run_config["merge_check"] = check.pop(args.base)
+                others = {f"{base}_base": found for base, found in check.items()}
+                run_config["merge_check"] |= others
+                describe_check(run_config["merge_check"], args.base, len(texts))
         write_json(temporary / RUN_CONFIG, run_config)
         (temporary / CARD).write_text(model_card(run_config), encoding="utf-8")
         config = AutoConfig.from_pretrained(base_folder, **OWN_FILES_ONLY)
         config.dtype, config.use_cache = dtype, True
-        config.save_pretrained(temporary)  # last, see `partial_folder`
-        os.rename(temporary, output_dir)  # which was checked to be empty, if it is there
+        with writing(args.output_dir):
+            config.save_pretrained(temporary)  # last, see `partial_folder`
+            os.rename(temporary, output_dir)  # which was checked to be empty, if it is there
     print(f"done: {args.output_dir}, adapter merged into the {args.base} base")
     if args.push_to_hub:
         push(args.output_dir, args.push_to_hub)
@@ -175,7 +185,9 @@ def partial_folder(output_dir: Path):
     nothing left.
     """
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    partial = tempfile.mkdtemp(prefix=f"{output_dir.name}.partial-", dir=output_dir.parent)
+    with writing(output_dir):
+        output_dir.parent.mkdir(parents=True, exist_ok=True)
+        partial = tempfile.mkdtemp(prefix=f"{output_dir.name}.partial-", dir=output_dir.parent)
     temporary = Path(partial, "merged")
     try:
         temporary.mkdir()
@@ -199,6 +211,10 @@ def check_fit(base_folder: Path, adapter_dir: Path) -> None:
                 f"{name} is not supported here",
                 "merge with peft's merge_and_unload instead",
             )
+    if "quantization_config" in json.loads((base_folder / "config.json").read_bytes()):
+        raise UserError(
+            base_folder, "its files are quantized already", "give the model that it was made of"
+        )
     lora = shapes_in([adapter_dir / ADAPTER_WEIGHTS])
     for name in sorted(lora):
         if not name.endswith((".lora_A.weight", ".lora_B.weight")):
@@ -273,8 +289,12 @@ class Weights:
         lora = shapes_in([adapter])
         self.layers = adapted_layers(lora)
         self.model = empty_model(self.base_folder, self.dtype)
-        self.stored = stored_names(self.model, self.files)
+        self.tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        self.stored = stored_names(self.model, self.tensors, self.files)
         self.loaded = {stored: name for name, stored in self.stored.items()}
+        # What transformers keeps in fp32 whatever it is asked for, such as biases of routers.
+        patterns = [p.replace("*", ".*") for p in self.model._get_dtype_plan(self.dtype)]
+        self.in_fp32 = re.compile("|".join(patterns) or r"(?!)")  # (?!) matches nothing
         linear = {n for n, m in self.model.named_modules() if isinstance(m, torch.nn.Linear)}
         head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
         tied = head is not None and head.weight is embedding.weight
@@ -313,7 +333,7 @@ class Weights:
         """
         weight = read_tensor(self.files[name], name).to(self.device)
         if weight.is_floating_point():
-            weight = weight.to(self.dtype)
+            weight = weight.to(self._dtype(name))
         return round_to_nf4(weight) if dequantised and name in self.quantized else weight
 
     def lora(self, layer: str):
@@ -332,10 +352,10 @@ class Weights:
     def merged(self, name: str, base: str):
         """Return a tensor of base + adapter.
 
-        Of each adapted layer W + scaling B A is computed in fp32 and rounded once, to `dtype`
-        (LoRA, arXiv 2106.09685, section 4.1). Layers that were 4-bit in training are first rounded
-        to NF4 and back if `base` is "dequantised", adapted or not: the adapter has learnt to live
-        with it.
+        Of each adapted layer W + scaling B A is computed in fp32, from W as it was in training, and
+        rounded once (LoRA, arXiv 2106.09685, section 4.1). Layers that were 4-bit in training are
+        first rounded to NF4 and back if `base` is "dequantised", adapted or not: the adapter has
+        learnt to live with it.
         """
         import torch
 
@@ -346,11 +366,13 @@ class Weights:
             with torch.autocast(self.device.type, enabled=False):  # in which the check runs
                 product = b @ a
             product.mul_(scaling).add_(weight)  # in place: it may be large
-            weight = product.to(self.dtype)
+            weight = product.to(weight.dtype)
         return weight
 
-    def write(self, folder: Path, base: str) -> None:
+    def write(self, folder: Path, base: str, metadata: dict[str, str]) -> None:
         """Write all tensors of base + adapter, in shards, each tensor as soon as it is computed.
+
+        `metadata` goes into each file's header.
 
         Raises:
             UserError: the disk is full.
@@ -370,7 +392,7 @@ class Weights:
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             file = "model.safetensors" if len(shards) == 1 else file
             weight_map |= dict.fromkeys(names, file)
-            header, end = {"__metadata__": {"format": "pt"}}, 0
+            header, end = {"__metadata__": {"format": "pt"} | metadata}, 0
             for name in names:
                 header[name], end = self._header(name, shapes[name], end)
             header = json.dumps(header).encode()
@@ -387,33 +409,42 @@ class Weights:
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
             write_json(folder / "model.safetensors.index.json", index)
 
+    def _dtype(self, name: str):
+        """Return the type that a tensor of floating point has in training."""
+        import torch
+
+        loaded = self.loaded.get(name, name)
+        if self.in_fp32.search(loaded):
+            return torch.float32
+        return self.tensors[loaded].dtype if loaded in self.tensors else self.dtype
+
     def _header(self, name: str, shape: tuple[int, ...], start: int) -> tuple[dict, int]:
         """Return what a safetensors file says of a tensor, and where its bytes end."""
         dtype = stored_dtype(self.files[name], name)
         if dtype not in BYTES:
             raise UserError(self.files[name], f"{name} is {dtype}", "convert the base to BF16")
         if dtype in FLOATS:
-            dtype = {2: "BF16", 4: "F32"}[self.dtype.itemsize]
+            dtype = {2: "BF16", 4: "F32", 8: "F64"}[self._dtype(name).itemsize]
         end = start + math.prod(shape) * BYTES[dtype]
         return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}, end
 
 
-def stored_names(model, files) -> dict[str, str]:
-    """Return what files of a base call the parameters of its model, without those that transformers
-    makes of several tensors. It has other names for some families' once they are loaded.
+def stored_names(model, tensors: dict, files) -> dict[str, str]:
+    """Return what files of a base call the tensors of its model, without those that transformers
+    makes of several. It has other names for some families' once they are loaded.
 
     Args:
         model: without weights.
-        files: names of tensors.
+        tensors: its parameters and buffers by name.
+        files: names of what is in the files.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    parameters = dict(model.named_parameters())
-    saved = {id(p): name for name, p in revert_weight_conversion(model, parameters).items()}
+    saved = {id(t): name for name, t in revert_weight_conversion(model, tensors).items()}
     prefix = f"{model.base_model_prefix}."  # missing where a model was saved without its head
     stored = {}
-    for name, parameter in parameters.items():
-        others = (name, saved.get(id(parameter)), name.removeprefix(prefix))
+    for name, tensor in tensors.items():
+        others = (name, saved.get(id(tensor)), name.removeprefix(prefix))
         if found := next((other for other in others if other in files), None):
             stored[name] = found
     return stored
@@ -450,15 +481,6 @@ def is_merged(output_dir: str, adapter_sha256: str, base: str) -> bool:
     run_config = read_run_config(output_dir)
     found = (run_config.get("adapter_sha256"), run_config.get("merged_base"))
     return found == (adapter_sha256, base)
-
-
-def weight_files(base_folder: Path) -> list[Path]:
-    """Return the files that transformers reads; repositories may hold copies in other formats."""
-    index = base_folder / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return [base_folder / name for name in sorted(set(weight_map.values()))]
-    return [base_folder / "model.safetensors"]
 
 
 def base_generation_config(base_folder: Path):
@@ -541,6 +563,20 @@ def compare_logits(
             "positions": len(reference),
         }
     return found
+
+
+def try_check(*arguments) -> dict[str, dict] | None:
+    """Return what `compare_logits` does, or None and a note where a model does not take its weights
+    one by one: it may use a module's without calling it."""
+    try:
+        found = compare_logits(*arguments)
+    except Exception as error:  # whatever its code makes of that; the merge is done without
+        note(f"no check: this model does not run one layer at a time ({first_line(error)})")
+        return None
+    if all(math.isfinite(check["relative_difference"]) for check in found.values()):
+        return found
+    note("no check: this model does not run one layer at a time (its logits are not finite)")
+    return None
 
 
 def describe_check(check: dict, base: str, rows: int) -> None:

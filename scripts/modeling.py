@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch.autograd.function import once_differentiable
@@ -71,9 +71,11 @@ def load_base(
             device may have no room for all of them.
     """
     try:
+        config = base_config(folder)
+        quantized_before = getattr(config, "quantization_config", None) is not None
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
-            config=base_config(folder),
+            config=config,
             output_loading_info=True,
             dtype=dtype,
             device_map={"": "cpu" if shardable else device},
@@ -95,7 +97,13 @@ def load_base(
             "copy or download it again",
         )
     if nf4:
-        check_nf4(model, dtype)
+        try:
+            check_nf4(model, dtype)
+        except RuntimeError as error:
+            if not quantized_before:
+                raise
+            problem = f"it was quantized before, in another way ({error})"
+            raise UserError(folder, problem, "give the model that it was made of") from None
         keep_gradients_on_cpu(model)
     model.requires_grad_(False)
     return model.eval()
@@ -338,9 +346,19 @@ def adapted_skeleton(model, lora_config: LoraConfig):
         UserError: PEFT adds no such adapter to it.
     """
     try:
-        return get_peft_model(copy.deepcopy(model), copy.deepcopy(lora_config))
+        adapted = get_peft_model(copy.deepcopy(model), copy.deepcopy(lora_config))
+        experts = any(isinstance(module, ParamWrapper) for module in adapted.modules())
     except ValueError as error:
-        raise UserError("--target_modules", first_line(error), "name others") from None
+        experts = "ParamWrapper" in str(error) or "fused" in str(error)
+        if not experts:
+            raise UserError("--target_modules", first_line(error), "name others") from None
+    if experts:
+        raise UserError(
+            "--target_modules",
+            "LoRA is not added here to the experts of this base",
+            "name layers that are in none, such as q_proj k_proj v_proj o_proj",
+        )
+    return adapted
 
 
 def check_targets(model, target_modules: list[str]) -> str | list[str]:
@@ -452,7 +470,8 @@ def lora_arguments(adapter_dir: str) -> dict:
     past |= {"peft_version"}
     default = json.loads(json.dumps(LoraConfig().to_dict(), default=list))
     for name in sorted(default.keys() - chosen - past - {"peft_type", "auto_mapping"}):
-        if name in recorded and recorded[name] != default[name]:
+        # PEFT leaves None, empty or false for what is not asked for.
+        if (recorded.get(name, default[name]) or None) != (default[name] or None):
             raise ValueError(f"{name} is {recorded[name]!r}, which is not supported here")
     targets = recorded.get("target_modules")
     if not isinstance(targets, list):  # a string would be a regular expression

@@ -213,7 +213,7 @@ def check_links(paths: Iterable[Path]) -> None:
             )
 
 
-def check_output_dir(output_dir: str, own_files: tuple[str, ...] = ()) -> None:
+def check_output_dir(output_dir: str, own_files: tuple[str, ...] = (LOCK,)) -> None:
     """Refuse a folder that holds anything but `own_files`, or a place that cannot be written.
 
     Raises:
@@ -222,8 +222,8 @@ def check_output_dir(output_dir: str, own_files: tuple[str, ...] = ()) -> None:
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(output_dir, "this is a file, not a folder", "give another --output_dir")
-    own_files = {LOCK, *own_files}  # a lock file stays where its run was killed
-    if folder.is_dir() and (others := {p.name for p in folder.iterdir()} - own_files):
+    # A lock file stays where its run was killed.
+    if folder.is_dir() and (others := {p.name for p in folder.iterdir()} - set(own_files)):
         raise UserError(
             output_dir,
             f"the folder is not empty (it holds {sorted(others)[0]})",
@@ -505,7 +505,7 @@ def model_fingerprint(folder: Path) -> str:
     weights. (A whole 7B is 13.5 GB, half a minute of reading at every start.)
     """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in filter(Path.is_file, weight_files(folder)):
         size = file.stat().st_size
         digest.update(f"{file.name}:{size}".encode())
         with file.open("rb") as stream:
@@ -513,6 +513,16 @@ def model_fingerprint(folder: Path) -> str:
             stream.seek(max(0, size - SAMPLED_BYTES))
             digest.update(stream.read(SAMPLED_BYTES))
     return digest.hexdigest()[:16]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files that transformers reads the weights from; folders may hold copies in other
+    formats, and an index of shards that are there no more."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file() or not index.is_file():
+        return [whole]
+    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    return [folder / name for name in sorted(set(weight_map.values()))]
 
 
 def check_base(folder: Path, name: str, expected: str, run_dir: str) -> None:

@@ -1,6 +1,8 @@
 """merge.py: base + adapter as an ordinary model. Run: python -m pytest tests/test_merge.py"""
 
 import json
+import math
+import os
 import shutil
 import subprocess
 import sys
@@ -382,6 +384,78 @@ def test_the_check_of_both_bases_is_printed_and_kept(run_dir, tmp_path, capsys):
     assert check["relative_difference"] < check["original_base"]["relative_difference"]
 
 
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_check_that_a_model_does_not_go_through_costs_no_merge(
+    trained, tmp_path, monkeypatch, capsys, fails
+):
+    def compare(*_):
+        if fails:
+            raise NotImplementedError("Cannot copy out of meta tensor; no data!")
+        return {"dequantised": {"relative_difference": math.nan}}
+
+    monkeypatch.setattr(merge, "compare_logits", compare)
+    call(merge.main, "--run_dir", trained, "--output_dir", tmp_path / "m", "--check_rows", "1")
+    why = "Cannot copy out of meta tensor; no data!" if fails else "its logits are not finite"
+    assert f"NOTE: no check: this model does not run one layer at a time ({why})" in (
+        capsys.readouterr().out
+    )
+    assert "merge_check" not in json.loads((tmp_path / "m/run_config.json").read_text())
+    assert (tmp_path / "m/config.json").is_file()
+
+
+def test_models_of_two_adapters_can_be_told_apart_by_what_is_read_of_them(
+    trained, tmp_path, monkeypatch
+):
+    """Of a large file only its ends are, where an adapter of some layers changes nothing."""
+    import run_folder
+
+    tensors = load_file(trained / "adapter_model.safetensors")
+    other = with_adapter(trained, tmp_path / "other", {k: 2 * v for k, v in tensors.items()})
+    found = set()
+    for run, options in ((trained, ()), (other, ()), (trained, ("--base", "original"))):
+        folder = tmp_path / str(len(found))
+        call(merge.main, "--run_dir", run, "--output_dir", folder, "--check_rows", "0", *options)
+        with monkeypatch.context() as patch:
+            patch.setattr(run_folder, "SAMPLED_BYTES", 150)
+            found.add(run_folder.model_fingerprint(folder))
+    assert len(found) == 3
+
+
+def test_where_a_merged_model_may_go(trained, tmp_path, monkeypatch):
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "link").symlink_to("scratch")
+    options = ("--run_dir", trained, "--check_rows", "0", "--output_dir")
+    call(merge.main, *options, tmp_path / "link")
+    assert (tmp_path / "scratch/config.json").is_file()
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "locked/.lock").touch()  # nothing could take this folder's place
+    with pytest.raises(UserError, match=r"the folder is not empty \(it holds .lock\)"):
+        call(merge.main, *options, tmp_path / "locked")
+    with monkeypatch.context() as patch:
+        patch.setattr(os.path, "ismount", lambda path: True)
+        with pytest.raises(UserError, match="another file system begins here; give a folder with"):
+            call(merge.main, *options, tmp_path / "volume")
+    write = merge.Weights.write
+
+    def overtaken(self, folder, *rest):
+        write(self, folder, *rest)
+        shutil.copytree(folder, tmp_path / "m")
+
+    monkeypatch.setattr(merge.Weights, "write", overtaken)
+    with pytest.raises(UserError, match=r"m: cannot be written \(Directory not empty\)"):
+        call(merge.main, *options, tmp_path / "m")
+    assert not list(tmp_path.glob("*.partial-*"))
+
+
+def test_a_base_that_was_quantized_before_is_refused(trained, tiny_model, tmp_path):
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="its files are quantized already; give the model that it"):
+        merge.check_fit(base, trained)
+
+
 def test_no_config_stands_beside_weights_before_all_is_done(trained, tmp_path, monkeypatch):
     card, seen = merge.model_card, []
 
@@ -471,14 +545,8 @@ def test_copies_of_the_weights_in_other_formats_are_left_out(run_dir, merged, tm
     base = tmp_path / "base"
     shutil.copytree(run_dir.parent / "base", base)
     save_file({"layers.0.wq": torch.ones(4)}, base / "consolidated.safetensors")
-    config = json.loads((run_dir / "run_config.json").read_text())
-    copy = tmp_path / "run"
-    shutil.copytree(run_dir, copy)
-    from run_folder import model_fingerprint
-
-    config |= {"base_model": str(base), "base_fingerprint": model_fingerprint(base)}
-    (copy / "run_config.json").write_text(json.dumps(config))
-    call(merge.main, "--run_dir", copy, "--output_dir", tmp_path / "m", "--check_rows", "0")
+    options = ("--model_name_or_path", base, "--check_rows", "0")
+    call(merge.main, "--run_dir", run_dir, "--output_dir", tmp_path / "m", *options)
     assert [path.name for path in (tmp_path / "m").glob("*.safetensors")] == ["model.safetensors"]
     found = load_file(tmp_path / "m/model.safetensors")
     assert found.keys() == load_file(merged / "dequantised/model.safetensors").keys()

@@ -62,6 +62,16 @@ def test_a_model_that_was_not_quantized_is_caught(tiny_model, monkeypatch):
         modeling.load_base(str(tiny_model), CPU, torch.bfloat16, nf4=True)
 
 
+def test_a_base_that_was_quantized_in_another_way_is_refused(tiny_model, tmp_path):
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    fp4 = BitsAndBytesConfig(load_in_4bit=True)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, quantization_config=fp4)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"quantized before, in another way .*'fp4'.*; give"):
+        modeling.load_base(str(tmp_path), CPU, torch.bfloat16, nf4=True)
+
+
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens", "q_projj", "proj"])
 def test_a_target_that_is_no_decoder_layer_is_refused(tiny_model, target):
     model = modeling.load_base(str(tiny_model), CPU, torch.bfloat16, nf4=True)

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import SCRIPTS
+from transformers import AutoModelForCausalLM
 
 import run_folder
 from exit_codes import UserError
@@ -32,6 +33,7 @@ from run_folder import (
     read_run_config,
     resolve_model_folder,
     versions,
+    weight_files,
     write_json,
     write_run,
 )
@@ -302,6 +304,8 @@ def big_model(tmp_path):
     for number in (1, 2):
         data = bytes([number]) * (3 * SAMPLED_BYTES)
         (tmp_path / f"model-{number}.safetensors").write_bytes(data)
+    index = {"weight_map": {f"tensor{n}": f"model-{n}.safetensors" for n in (1, 2)}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     return tmp_path
 
 
@@ -318,7 +322,20 @@ def test_the_fingerprint_is_the_same_for_a_copy(big_model, tmp_path_factory):
     copied = tmp_path_factory.mktemp("copies") / "copy"
     shutil.copytree(big_model, copied)
     (copied / "README.md").write_text("other files do not matter")
+    (copied / "consolidated.safetensors").write_text("nor do copies in another format")
     assert model_fingerprint(copied) == before
+
+
+def test_one_file_counts_beside_an_index_of_shards_as_it_does_for_transformers(
+    tiny_model, big_model
+):
+    """An index stays where a sharded model was saved over by a small one."""
+    shutil.copy(tiny_model / "model.safetensors", big_model)
+    assert [file.name for file in weight_files(big_model)] == ["model.safetensors"]
+    for file in big_model.glob("model-*.safetensors"):
+        file.unlink()
+    shutil.copy(tiny_model / "config.json", big_model)
+    AutoModelForCausalLM.from_pretrained(big_model)  # which would miss the shards
 
 
 @pytest.mark.parametrize("file", ["model-1.safetensors", "model-2.safetensors"])

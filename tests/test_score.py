@@ -425,7 +425,8 @@ def test_an_option_may_be_given_again(files):
         ["--references", "r.csv", "--predictions", "a.csv", *again, "--output_dir", "out"]
     )
     assert (args.predictions, args.baselines) == (["a.csv", "b.csv"], ["lead1", "first40"])
-    assert score.parse_args(["--runs", "a", "--runs", "b", "--output_dir", "out"]).runs == ["a", "b"]
+    args = score.parse_args(["--runs", "a", "--runs", "b", "--output_dir", "out"])
+    assert args.runs == ["a", "b"]
 
 
 def test_names_of_files_need_not_be_utf_8(files):
