@@ -9,7 +9,7 @@ those that have ended leave the batch.
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 
 import torch
@@ -30,6 +30,7 @@ import packing
 from exit_codes import LoneError, UserError, note
 from machine import free_memory
 from prompting import Ends
+from run_folder import first_line
 
 ROUND = 16  # new tokens between two looks at who has ended
 PREFILL_TOKENS = 4096  # of prompts that are read in one packed row
@@ -364,10 +365,22 @@ def choose_max_batch_tokens(model, num_beams: int = 1) -> int:
     two, so that a little more or less free memory makes no other batches, whose roundings differ.
     """
     config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    layers = getattr(config, "per_layer_config", None) or [config]
+
+    def largest(*names: str) -> int:
+        """Return the number of the first of these names that the config has, over its layers."""
+        for name in names:
+            found = [getattr(layer, name, None) for layer in layers]
+            found = [max(n) if isinstance(n, list | tuple) else n for n in found if n]
+            if found:
+                return max(found)
+        return 0
+
+    attention_heads = largest("num_attention_heads") or 1  # some have no attention
+    size = largest("head_dim") or config.hidden_size // attention_heads
+    heads = largest("num_key_value_heads") or attention_heads
     kept = 2 * config.num_hidden_layers * heads * size * cache_dtype(model).itemsize
-    wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    wide = largest("intermediate_size") or 4 * config.hidden_size
     moving = (8 * config.hidden_size + 3 * wide) * model.dtype.itemsize
     fits = int(0.6 * free_memory(model.device) / (num_beams * kept + moving))
     most = MOST_BATCH_TOKENS.get(model.device.type, 16_384)
@@ -452,14 +465,18 @@ def generate_continuously(
     known = {field.name for field in fields(ContinuousBatchingConfig)}  # the last is new
     settings = {name: value for name, value in settings.items() if name in known}
     waiting, under_way, failed = list(requests)[::-1], set(), {}
-    with (
-        sdpa_attention(model),
-        model.continuous_batching_context_manager(
+    with ExitStack() as stack:
+        stack.enter_context(sdpa_attention(model))
+        engine = model.continuous_batching_context_manager(
             generation_config=greedy(ends, max_new_tokens),
             continuous_batching_config=ContinuousBatchingConfig(**settings),
             timeout=60.0,
-        ) as manager,
-    ):
+        )
+        try:
+            manager = stack.enter_context(engine)
+        except (ValueError, AttributeError, RuntimeError) as error:
+            problem = f"it does not know this model's layers ({first_line(error)})"
+            raise UserError("--engine continuous", problem, "leave it out") from None
         while waiting or under_way:
             if stop_asked():
                 waiting.clear()
@@ -499,7 +516,8 @@ def generate_continuously(
             "--engine continuous",
             f"no title for {len(names):,} of {len(requests):,} articles ({', '.join(names[:20])}"
             f"{', ...' if len(names) > 20 else ''}: {reason})",
-            "run the same command again, or use --engine batched",
+            ("run the same command again, or " * (len(names) < len(requests)))
+            + "use --engine batched",
         )
 
 

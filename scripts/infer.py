@@ -10,10 +10,12 @@ Without a file, the title of one article, of `--text` or of standard input, is p
 """
 
 import argparse
+import copy
 import functools
 import glob
 import itertools
 import math
+import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -36,7 +38,7 @@ from exit_codes import (
 from libraries import quick_imports
 from machine import check_devices, free_memory
 from nodes import Nodes, from_main_process, process_group
-from predictions import Parts, is_complete, part_file, part_files, write_line
+from predictions import Parts, is_complete, own_files, part_file, part_files, write_line
 from prompting import PROMPTS, Prompt, load_tokenizer, prompt_of_run, read_template
 from run_folder import (
     ADAPTER_WEIGHTS,
@@ -53,6 +55,7 @@ from run_folder import (
     note_override,
     read_run_config,
     resolve_model_folder,
+    tokenizer_sha256,
     versions,
 )
 from sharding import check_fsdp_config
@@ -124,7 +127,7 @@ def parse_args(argv=None):
     add("--model_name_or_path", help="a model as it is; with --run_dir, where its base lies now")
     add("--prompt_file", help="template with {article} (default: the run's, or prompts/fr.txt)")
     add("--apply_chat_template", action=flag, default=None, help="send it as a user's chat turn")
-    add("--base_weights", choices=WEIGHTS, help="default: nf4, bf16 if merged")
+    add("--base_weights", choices=WEIGHTS, help="default: as trained or merged, or nf4")
     add = parser.add_argument_group("data").add_argument
     add("--input_file", help=".csv[.gz], .json[l], .parquet or a Hub dataset id")
     add("--text", help="one article instead (without either: standard input)")
@@ -180,8 +183,10 @@ def parse_args(argv=None):
             parser.error(f"--{name}: give --input_file too; the title of one article is printed")
     if args.engine == "continuous":
         parser.error("--engine continuous: give --input_file too; it is for many articles")
-    if args.text is None and sys.stdin.isatty():
+    if args.text is None and (sys.stdin is None or sys.stdin.isatty()):
         parser.error("give --input_file, --text, or one article on standard input")
+    if args.text is None and os.environ.get("WORLD_SIZE", "1") != "1":
+        parser.error("standard input: only one process can read it; give --text or --input_file")
     return args
 
 
@@ -197,6 +202,8 @@ def main(argv=None):
     output_file = Path(args.output_file)
     if not output_file.absolute().parent.is_dir():
         raise UserError(args.output_file, "there is no such folder", "make it first")
+    if Path(args.input_file).resolve() in map(Path.resolve, own_files(output_file)):
+        raise UserError(args.input_file, "the titles' own files are called so", "rename one")
     check_links(output_file.parent.glob(f"{glob.escape(output_file.stem)}.*"))
     checked = check_articles(args.input_file, columns, "test")
     base_folder = find_base(source)
@@ -212,6 +219,7 @@ def main(argv=None):
         and file_sha256(Path(source["adapter"], ADAPTER_WEIGHTS)),
         "adapter_step": source["adapter_step"],
         "prompt": settings,
+        "tokenizer_sha256": tokenizer_sha256(Path(source["run_dir"] or base_folder), base_folder),
         "max_new_tokens": decoding.max_new_tokens,
         "max_batch_tokens": args.max_batch_tokens,  # None: what an earlier start has chosen
         "decoding": str(decoding),
@@ -257,6 +265,8 @@ def write_one(args) -> None:
                 text = sys.stdin.buffer.read().decode("utf-8-sig")
             except UnicodeDecodeError as error:
                 raise UserError(where, f"not UTF-8 ({error})", "convert it") from None
+        elif any("\ud800" <= character <= "\udfff" for character in text):
+            raise UserError(where, "not UTF-8", "convert it")
         if not text.strip():
             raise UserError(where, "there is no article in it", "give its text")
         base_folder = find_base(source)
@@ -465,19 +475,23 @@ def most_alike(titles: list[Title]) -> Title:
     """Return the title whose ROUGE-L with the others is highest; the first, if several are equal.
 
     Were each of the others in turn the true title, it would score best on average: minimum Bayes
-    risk decoding (Kumar and Byrne 2004; with samples, arXiv 2108.04718).
+    risk decoding (Kumar and Byrne 2004; with samples, arXiv 2108.04718). By the tokenizer of
+    published scores, or where its a to z find nothing in them, by words of any script.
     """
     from rouge_score.rouge_scorer import RougeScorer
-    from rouge_score.tokenizers import DefaultTokenizer, Tokenizer
 
-    class Once(Tokenizer):  # each title, where the scorer would for each pair
-        tokenize = staticmethod(functools.cache(DefaultTokenizer().tokenize))
+    from title_figures import import_rouge
 
-    scorer, alike = RougeScorer(["rougeL"], tokenizer=Once()), [0.0] * len(titles)
-    for (n, one), (m, other) in itertools.combinations(enumerate(titles), 2):
-        score = scorer.score(one.title, other.title)["rougeL"].fmeasure
-        alike[n] += score
-        alike[m] += score
+    for tokenizer in import_rouge()[1].values():
+        once = copy.copy(tokenizer)  # for each title, where the scorer would for each pair
+        once.tokenize = functools.cache(tokenizer.tokenize)
+        scorer, alike = RougeScorer(["rougeL"], tokenizer=once), [0.0] * len(titles)
+        for (n, one), (m, other) in itertools.combinations(enumerate(titles), 2):
+            score = scorer.score(one.title, other.title)["rougeL"].fmeasure
+            alike[n] += score
+            alike[m] += score
+        if any(alike):
+            break
     return titles[alike.index(max(alike))]
 
 
@@ -591,6 +605,8 @@ def make_prompt(source: dict, base_folder: Path, settings: dict) -> Prompt:
 
 def decoding_of(args, settings: dict) -> Decoding:
     limit = args.max_new_tokens or settings["max_title_tokens"]
+    if limit != settings["max_title_tokens"]:
+        note_override("--max_new_tokens", limit, settings["max_title_tokens"])
     if args.min_new_tokens and args.min_new_tokens > limit:
         problem = f"above the {limit:,} tokens that a title may have"
         raise UserError(f"--min_new_tokens {args.min_new_tokens}", problem, "give less")
@@ -640,7 +656,10 @@ def find_model(args) -> dict:
     precision = "bf16" if run_config["arguments"]["mixed_precision"] == "bf16" else "fp32"
     # What nf4 and nf4-bf16 trained on is the same, and the former takes a quarter of the memory.
     plain = merged or run_config["arguments"].get("base_weights") == "bf16"
-    weights = args.base_weights or (precision if plain else "nf4")
+    recorded = precision if plain else "nf4"
+    weights = args.base_weights or recorded
+    if weights.removesuffix("-bf16") != recorded:  # nf4-bf16 are the same numbers
+        note_override("--base_weights", weights, recorded)
     return {
         "run_dir": run_dir,
         "model": model,

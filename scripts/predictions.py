@@ -8,11 +8,14 @@ import csv
 import glob
 import json
 import os
+import re
 from array import array
 from contextlib import ExitStack
 from pathlib import Path
 
 from exit_codes import UserError, writing
+
+PART = re.compile(r"\.part-[0-9]+$")  # ends the stem of a part's name
 
 
 def is_complete(output_file: Path, record: dict) -> bool:
@@ -59,7 +62,21 @@ def part_file(output_file: Path, rank: int) -> Path:
 
 def part_files(output_file: Path) -> list[Path]:
     """Return the parts that there are, of any number of processes."""
-    return sorted(output_file.parent.glob(f"{glob.escape(output_file.stem)}.part-*.jsonl"))
+    found = output_file.parent.glob(f"{glob.escape(output_file.stem)}.part-*.jsonl")
+    return sorted(file for file in found if PART.search(file.stem))
+
+
+def own_files(output_file: Path) -> list[Path]:
+    """Return the files that are written, and removed, on the way to an output file and at its end,
+    among those that there are.
+
+    Raises:
+        UserError: it has the name of another one's part.
+    """
+    if PART.search(output_file.stem):
+        raise UserError(output_file, "parts of titles are called so", "give another name")
+    details = output_file.with_suffix(".jsonl")
+    return [output_file, details, output_file.with_suffix(".lock"), *part_files(output_file)]
 
 
 def write_line(part, content: dict, num_left: int = 1) -> None:
@@ -77,7 +94,8 @@ def write_line(part, content: dict, num_left: int = 1) -> None:
 class Parts:
     """What the parts of an output file hold so far: where the line of each article stands.
 
-    A torn last line is cut off. Memory does not grow with the titles, only by 10 bytes an article.
+    A torn last line is cut off, and so are settings that nothing was written with. Memory does not
+    grow with the titles, only by 10 bytes an article.
 
     Raises:
         UserError: a part was made with other settings, or is damaged.
@@ -102,12 +120,14 @@ class Parts:
                         chosen = json.loads(line).get("max_batch_tokens")
                         if type(chosen) is int and chosen > 0:
                             self.max_batch_tokens = chosen
-                    else:
+                    elif stream.readline().endswith(b"\n"):
                         raise UserError(
                             file,
                             "an unfinished run had other settings",
                             "remove it, or go on with those",
                         )
+                    else:
+                        break
                     end += len(line)
             if end < file.stat().st_size:
                 os.truncate(file, end)  # which, unlike writing it anew, needs no room

@@ -40,6 +40,10 @@ PROMPT_SETTINGS |= {"max_length": int, "max_title_tokens": int}
 # that a model brings, and takes a "y" that was meant for something else.
 OWN_FILES_ONLY = {"trust_remote_code": False, "local_files_only": True}
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+TOKENIZER_FILES += ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
+TOKENIZER_FILES += ("chat_template.jinja",)
+GENERATION_CONFIG = "generation_config.json"
 SAMPLED_BYTES = 1 << 20  # of each weight file that go into its fingerprint
 
 
@@ -523,6 +527,16 @@ def weight_files(folder: Path) -> list[Path]:
         return [whole]
     weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     return [folder / name for name in sorted(set(weight_map.values()))]
+
+
+def tokenizer_sha256(folder: Path, base_folder: Path) -> str:
+    """Return a hash of all that decides how text becomes ids, and which ids end a title: the files
+    of the tokenizer in one folder, and the generation config in another."""
+    digest = hashlib.sha256()
+    files = [folder / name for name in TOKENIZER_FILES] + [base_folder / GENERATION_CONFIG]
+    for file in filter(Path.is_file, files):
+        digest.update(f"{file.name}:{file_sha256(file)}".encode())
+    return digest.hexdigest()
 
 
 def check_base(folder: Path, name: str, expected: str, run_dir: str) -> None:

@@ -374,6 +374,10 @@ BAD_LINES = {
         '{"text": "a\\u0000", "titles": "b"}',
         ":1: the column 'text' holds a NUL byte; remove it",
     ),
+    "line break in an ID": (
+        '{"text": "a", "titles": "b", "ID": "7\\r"}',
+        ":1: the column 'ID' has a line break; remove it",
+    ),
     "same ID as number and text": (
         '{"text": "a", "titles": "b", "ID": 7}\n{"text": "a", "titles": "b", "ID": "7"}',
         ":2: ID '7' is there twice; make it unique",

@@ -23,7 +23,7 @@ import packing
 import score
 import train
 from batching import pack, pad_left
-from decoding import LineEnd, generate_continuously, greedy
+from decoding import LineEnd, choose_max_batch_tokens, generate_continuously, greedy
 from exit_codes import UserError
 from prompting import Example, Prompt, load_tokenizer
 
@@ -345,3 +345,37 @@ def test_continuous_batching_refuses_attention_that_it_does_not_know(tmp_path):
     with pytest.raises(UserError, match="--engine continuous: it does not know this model's att"):
         next(generate_continuously(model, {"a": some_ids(9)}, ends, 4, 256))
     assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("name", ["lfm2", "gpt_neox, dropout"])
+def test_continuous_batching_refuses_layers_that_it_does_not_know(tmp_path, name):
+    layers = {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}
+    family = FAMILIES.get(name) or Family("Lfm2Config", LLAMA | layers)
+    model = modeling.load_base(str(save(family, tmp_path / "base")), CPU, torch.float32, nf4=False)
+    ends = Prompt(byte_level_tokenizer(), "{article}", False, 160, 12).ends(None)
+    with pytest.raises(UserError) as error:
+        next(generate_continuously(model, {"a": some_ids(9)}, ends, 4, 256))
+    assert str(error.value).startswith("--engine continuous: ")
+    assert "run the same command again" not in str(error.value)
+
+
+G3N = LLAMA | BOTH | {"intermediate_size": [128, 256], "num_kv_shared_layers": 0}
+
+
+@pytest.mark.parametrize(
+    ("config", "settings"),
+    [
+        ("MambaConfig", WITHOUT_LORA["mamba"].settings),
+        ("RwkvConfig", {"hidden_size": 64, "num_hidden_layers": 2}),
+        ("Gemma4TextConfig", LLAMA | BOTH | {"head_dim": 16, "global_head_dim": 32}),
+        ("Gemma3nTextConfig", G3N),
+    ],
+)
+def test_tokens_of_a_batch_are_chosen_for_any_kind_of_layers(config, settings):
+    if not hasattr(transformers, config):
+        pytest.skip("this release of transformers does not have it")
+    config = getattr(transformers, config)(**settings | {"vocab_size": 400})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.to_empty(device="cpu")
+    assert choose_max_batch_tokens(model) >= 1024

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -278,6 +280,9 @@ def test_the_most_alike_of_some_titles():
     titles = [infer.Title(text, text, 3, "eos") for text in texts]
     assert infer.most_alike(titles) == titles[3]
     assert infer.most_alike(titles[:2]) == titles[0]  # as much as the other
+    russian = ["Погода", "Мэр уходит", "Мэр города уходит", "Мэр уходит сегодня"]
+    titles = [infer.Title(title, title, 3, "eos") for title in russian]
+    assert infer.most_alike(titles) == titles[1]
 
 
 def test_drawn_titles_have_room_in_a_batch():
@@ -391,7 +396,14 @@ def test_another_prompt_is_used_and_noted(predicted, trained, news, tmp_path, ca
     prompt = SCRIPTS.parent / "prompts/en.txt"
     more = ("--prompt_file", prompt)
     call(infer.main, "--run_dir", trained, *args_for(news, tmp_path / "en.csv", *more))
-    assert "NOTE: --prompt_file" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "NOTE: --prompt_file" in said
+    assert "NOTE: --base_weights" not in said
+    more = ("--base_weights", "bf16", "--max_new_tokens", "9")
+    call(infer.main, "--run_dir", trained, *args_for(news, tmp_path / "other.csv", *more))
+    said = capsys.readouterr().out
+    assert "NOTE: --base_weights 'bf16' overrides 'nf4' of the run folder" in said
+    assert "NOTE: --max_new_tokens 9 overrides 24 of the run folder" in said
     record, _ = details(tmp_path / "en.jsonl")
     assert record["prompt"]["template"].startswith("Here is a news article")
     assert read_csv(tmp_path / "en.csv") != read_csv(predicted / "adapter.csv")
@@ -508,9 +520,52 @@ def test_the_same_file_by_another_path_goes_on(predicted, trained, news, monkeyp
 def test_an_unfinished_run_of_other_settings_is_refused(predicted, trained, news, tmp_path):
     record, _ = details(predicted / "adapter.jsonl")
     part = tmp_path / "out.part-0.jsonl"
-    part.write_text(json.dumps(record | {"max_new_tokens": 5}) + "\n")
+    other = json.dumps(record | {"max_new_tokens": 5}) + "\n"
+    part.write_text(other + json.dumps({"index": 0}) + "\n")
     with pytest.raises(UserError, match="an unfinished run had other settings"):
         call(infer.main, "--run_dir", trained, *args_for(news, tmp_path / "out.csv"))
+    part.write_text(other + '{"ind')  # it had asked for what was then refused, or found no memory
+    call(infer.main, "--run_dir", trained, *args_for(news, tmp_path / "out.csv"))
+    assert (tmp_path / "out.csv").read_bytes() == (predicted / "adapter.csv").read_bytes()
+
+
+def test_no_file_but_its_own_is_taken_for_a_part(predicted, trained, news, tmp_path, capsys):
+    """Whatever is called alike: the articles, and the titles of others."""
+    article = json.dumps({"text": "Le maire a dit oui."})  # as torn as a part may be
+    for name, output in (
+        ("news.part-1.jsonl", "news.csv"),
+        ("news.jsonl", "news.csv"),
+        ("news.csv", "news.csv"),
+    ):
+        (tmp_path / name).write_text(article)
+        files = ("--input_file", tmp_path / name, "--output_file", tmp_path / output)
+        with pytest.raises(UserError, match=f"{name}: the titles' own files are called so"):
+            call(infer.main, "--run_dir", trained, *files)
+        assert (tmp_path / name).read_text() == article
+        (tmp_path / name).unlink()
+    with pytest.raises(UserError, match=r"t.part-1.csv: parts of titles are called so; give anoth"):
+        call(infer.main, "--run_dir", trained, *args_for(news, tmp_path / "t.part-1.csv"))
+    for suffix in ("csv", "jsonl"):
+        shutil.copy(predicted / f"adapter.{suffix}", tmp_path / f"t.{suffix}")
+    (tmp_path / "t.part-one.jsonl").write_text("of another make")
+    call(infer.main, "--run_dir", trained, *args_for(news, tmp_path / "t.csv"))
+    assert "nothing to do" in capsys.readouterr().out
+    assert (tmp_path / "t.part-one.jsonl").exists()
+
+
+@pytest.mark.parametrize("file", ["chat_template.jinja", "generation_config.json"])
+def test_titles_by_another_tokenizer_are_titles_of_other_settings(
+    tiny_model, news, tmp_path, file, capsys
+):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    options = ("--model_name_or_path", model, "--max_length", 200, "--max_new_tokens", 4)
+    options += args_for(news, tmp_path / "out.csv", "--apply_chat_template")
+    call(infer.main, *options)
+    call(infer.main, *options)
+    assert "nothing to do" in capsys.readouterr().out
+    (model / file).write_text((model / file).read_text().replace("user", "User") + "\n")
+    with pytest.raises(UserError, match="there are predictions of other settings already"):
+        call(infer.main, *options)
 
 
 def test_finished_predictions_are_kept(predicted, trained, news, capsys):
@@ -696,6 +751,27 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert result.stderr == message.format(tmp=tmp_path, news=news, trained=trained) + "\n"
     assert result.stdout == ""
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("argv", "streams", "message"),
+    [
+        (["--text", b"caf\xe9"], {}, "error: --text: not UTF-8; convert it\n"),
+        (
+            [],
+            {"WORLD_SIZE": "2"},
+            "infer.py: error: standard input: only one process can read it; ",
+        ),
+        (["closed"], {}, "infer.py: error: give --input_file, --text, or one article on standard "),
+    ],
+)
+def test_an_article_that_cannot_be_read(trained, argv, streams, message):
+    command = [sys.executable, str(SCRIPTS / "infer.py"), "--run_dir", str(trained)]
+    closed = argv == ["closed"]
+    command = ["sh", "-c", 'exec "$@" <&-', "sh", *command] if closed else [*command, *argv]
+    done = subprocess.run(command, capture_output=True, input=b"", env=os.environ | streams)
+    assert done.returncode == 2
+    assert done.stderr.decode().startswith(message)
 
 
 def test_an_unfinished_run_has_no_adapter_yet(run_script, trained, news, tmp_path):

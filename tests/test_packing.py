@@ -18,12 +18,14 @@ from transformers import (
     MambaConfig,
     MistralConfig,
     OPTConfig,
+    Phi3Config,
     Qwen2Config,
+    Qwen2MoeConfig,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from batching import pack, pad_left
-from packing import PACKED, packed_attention, use_packed_attention
+from packing import PACKED, never_packed, packed_attention, use_packed_attention
 from prompting import Example
 from train import title_loss
 
@@ -113,6 +115,47 @@ def test_an_article_longer_than_the_models_window_is_no_silent_mistake():
     assert use_packed_attention(model, 16) is None
     with pytest.raises(ValueError, match="an article of 42 tokens is longer than the window of 16"):
         title_loss(model, pack(examples(), CPU))
+
+
+def test_a_window_of_0_is_none():
+    experts = {"num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
+    config = Qwen2MoeConfig(**GROUPED, **experts, shared_expert_intermediate_size=16)
+    assert config.sliding_window == 0
+    model = make(config)
+    assert use_packed_attention(model, 64) is None
+    title_loss(model, pack(examples(), CPU))
+
+
+FACTORS = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+LONG = {"max_position_embeddings": 64, "original_max_position_embeddings": 32, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Phi3Config(**GROUPED, **LONG, rope_parameters={"rope_type": "longrope", **FACTORS}),
+        LlamaConfig(
+            **GROUPED,
+            max_position_embeddings=32,
+            rope_parameters={"rope_type": "dynamic", "factor": 2.0},
+        ),
+    ],
+    ids=["longrope", "dynamic"],
+)
+def test_positions_that_go_by_the_longest_article_are_not_packed(config):
+    """They would be those of the row in one place, and of the batch in another."""
+    assert never_packed(config, 33).startswith("articles beyond 32 tokens change the positions of")
+    assert never_packed(config, 32) is None
+
+
+def test_a_mask_of_the_models_own_is_not_lost():
+    model = make(MODELS["llama"])
+    assert use_packed_attention(model, 64) is None
+    batch = pack(examples(), CPU)
+    length = batch["input_ids"].shape[1]
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+    with pytest.raises(ValueError, match="it brings a mask of its own"):
+        model(**{k: v for k, v in batch.items() if k != "labels"} | {"attention_mask": mask})
 
 
 @pytest.mark.parametrize(
