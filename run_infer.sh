@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # The report's other steps: titles without fine-tuning, with it, merge, titles merged, a report.
-#
 #   bash run_infer.sh                        the demo, after bash run_train.sh; about 1 minute
 #   MODEL=... RUN_DIR=... INPUT_FILE=... OUTPUT_DIR=... bash run_infer.sh      (more: --help)
 #   sbatch [--nodes 2] run_infer.sh          the same under SLURM; edit the lines below first
@@ -20,6 +19,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 [ -f scripts/train.py ] || cd "$SLURM_SUBMIT_DIR"  # sbatch runs a copy that lies elsewhere
+[[ " $* " != *" --help "* ]] || exec python3 scripts/infer.py --help
 ACCELERATE_CONFIG="${ACCELERATE_CONFIG:-accelerate_configs/cpu.yaml}"  # the machine
 DEMO="${DEMO:-demo}"                          # folder of the demo
 MODEL="${MODEL:-$DEMO/model}"                 # the base of the run

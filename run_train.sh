@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # Fine-tune with QLoRA: scripts/train.py, with the demo unless told otherwise.
-#
 #   bash run_train.sh                        the demo: no GPU, no account, minutes on 2 cores
-#   MODEL=... TRAIN_FILE=... bash run_train.sh --num_train_epochs 1     (more options: --help)
+#   MODEL=... TRAIN_FILE=... RUN_DIR=... bash run_train.sh --num_train_epochs 1    (more: --help)
 #   sbatch [--nodes 2] run_train.sh          the same under SLURM; edit the lines below first
 
 # --- SLURM (plain comments under bash) ---
@@ -20,6 +19,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 [ -f scripts/train.py ] || cd "$SLURM_SUBMIT_DIR"  # sbatch runs a copy that lies elsewhere
+[[ " $* " != *" --help "* ]] || exec python3 scripts/train.py --help
 ACCELERATE_CONFIG="${ACCELERATE_CONFIG:-accelerate_configs/cpu.yaml}"  # the machine
 DEMO="${DEMO:-demo}"                      # folder of the demo
 MODEL="${MODEL:-$DEMO/model}"             # folder or Hub id: meta-llama/Llama-2-7b-chat-hf

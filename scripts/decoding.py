@@ -34,7 +34,7 @@ from run_folder import first_line
 
 ROUND = 16  # new tokens between two looks at who has ended
 PREFILL_TOKENS = 4096  # of prompts that are read in one packed row
-# Tokens of a batch beyond which it was no faster on 2 cores, and needs no more on a large GPU.
+# Tokens of a batch beyond which it was no faster on 2 cores; for a GPU, a guess.
 MOST_BATCH_TOKENS = {"cpu": 16_384, "cuda": 131_072}
 LEAST_BATCH_TOKENS = 1024
 PAGE = 256  # tokens of a page of continuous batching's cache, in transformers 5.17 and 5.24 alike

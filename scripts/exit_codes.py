@@ -41,6 +41,19 @@ class WriteError(LoneError):
     """A file that cannot be written."""
 
 
+class HelpFormatter(argparse.RawTextHelpFormatter):
+    """Shows the default of each option that has one and says nothing of it itself."""
+
+    def _get_help_string(self, action) -> str:
+        default = action.default
+        if isinstance(default, bool) or default in (None, argparse.SUPPRESS):
+            return action.help
+        if default == [] or "default" in action.help:
+            return action.help
+        shown = " ".join(default) if isinstance(default, list) else default
+        return f"{action.help} [{str(shown).replace('%', '%%')}]"
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """A parser whose complaints are one line, for it shows no usage, of the first process alone.
 
@@ -49,8 +62,9 @@ class ArgumentParser(argparse.ArgumentParser):
     """
 
     def __init__(self, description: str):
-        raw = argparse.RawTextHelpFormatter
-        super().__init__(usage=argparse.SUPPRESS, description=description, formatter_class=raw)
+        super().__init__(
+            usage=argparse.SUPPRESS, description=description, formatter_class=HelpFormatter
+        )
 
     def _print_message(self, message, file=None) -> None:
         if is_first_process():

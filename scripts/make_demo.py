@@ -258,16 +258,16 @@ VOCABULARY = 3072
 def parse_args(argv=None):
     parser = ArgumentParser(__doc__)
     group = parser.add_argument_group("corpus")
-    group.add_argument("--output_dir", default="demo", help="new folder to write [%(default)s]")
-    group.add_argument("--train_rows", type=int, default=2000, help="articles [%(default)s]")
-    group.add_argument("--validation_rows", type=int, default=200, help="articles [%(default)s]")
-    group.add_argument("--test_rows", type=int, default=100, help="articles [%(default)s]")
-    group.add_argument("--seed", type=int, default=0, help="of corpus and model [%(default)s]")
+    group.add_argument("--output_dir", default="demo", help="new folder to write")
+    group.add_argument("--train_rows", type=int, default=2000, help="articles")
+    group.add_argument("--validation_rows", type=int, default=200, help="articles")
+    group.add_argument("--test_rows", type=int, default=100, help="articles")
+    group.add_argument("--seed", type=int, default=0, help="of corpus and model")
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model", action=argparse.BooleanOptionalAction, default=True, help="make the model too"
     )
-    group.add_argument("--pretraining_steps", type=int, default=420, help="updates [%(default)s]")
+    group.add_argument("--pretraining_steps", type=int, default=420, help="updates")
     return parser.parse_args(argv)
 
 

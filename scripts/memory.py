@@ -2,7 +2,7 @@
 
 What is expected is counted: the largest micro-batch of the run goes forward and backward through
 the model with torch's fake tensors, which have shapes and no content, and what lives at a time is
-added up. That takes a second or two and no memory, for a 7B as well.
+added up. That takes no memory and, for a 7B, some seconds for each layout that is looked at.
 """
 
 import copy

@@ -308,7 +308,8 @@ class DroppedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, a: torch.Tensor, p: float) -> torch.Tensor:
         """Return [..., rank] for `x` of [..., in] and `a` of [rank, in], of the same type."""
-        m = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)  # drawn as torch's are on a CPU
+        # The same random numbers as those of torch's own dropout, on a CPU.
+        m = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)
         m = m.view(torch.uint8)  # by which CPUs multiply faster
         ctx.save_for_backward(x, a, m)
         return F.linear(x * m, a)

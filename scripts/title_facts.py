@@ -26,7 +26,7 @@ TOKEN = re.compile(rf"{UNIT}(?:[-'’]{UNIT})*")
 ELISION = re.compile(r"(?:[cdjlmnst]|(?:jus|lors|puis|quel|pres)?qu)['’](?=.)", re.IGNORECASE)
 SENTENCE_START = re.compile(r"[.!?…:;«»“”‘\"()\[\]|–—\n]|\s-\s")  # between two words
 TITLED = re.compile(r"(?:\b[A-ZÀ-ÖØ-Þ]|\bMM|\bMmes?|\bMlles?|\bDr|\bMe|\bSte?)\.\s*$")  # M. Macron
-# Begin a title with a capital, before a name as elsewhere.
+# These have a capital because they begin a title, and are no names, even before one.
 FUNCTION_WORDS = frozenset(
     """
     a à après au aux avant avec ce ces cet cette chez comment contre dans de depuis des du elle

@@ -27,7 +27,7 @@ from title_facts import (
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 LANGUAGES = ("french", "english", "other", "none")  # none: a title without a letter
-# In what is found in a title, and in what its article does not support.
+# The first four are about a title itself, the others about what its article does not say.
 FLAGS = ("empty", "repeated", "looping", "cut", "numbers", "names", "quotations")
 CHUNK_ROWS = 100  # that a process is given at a time
 FEW_TITLES = 2_000  # are done here, before another process would have imported what it needs

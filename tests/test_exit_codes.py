@@ -149,6 +149,19 @@ def test_what_only_another_node_meets_is_told_by_its_first_process(tmp_path):
     assert run(lost, tmp_path, **there, LOCAL_RANK="0")[0].stderr == ""
 
 
+def test_help_shows_defaults(tmp_path):
+    code = "p = ArgumentParser('what it does'); add = p.add_argument; add('--rate', default=2e-4, "
+    code += "help='of it'); add('--none', help='or not'); add('--names', default=['a', 'b'], "
+    code += "nargs='+', help='of layers'); add('--length', default=9, help='default: the run'); "
+    code += "add('--share', default='9 %', help='at most'); p.parse_args(['--help'])"
+    lines = [" ".join(line.split()) for line in run(code, tmp_path)[0].stdout.splitlines()]
+    assert "--rate RATE of it [0.0002]" in lines
+    assert "--none NONE or not" in lines
+    assert "of layers [a b]" in " ".join(lines)
+    assert "--length LENGTH default: the run" in lines
+    assert "--share SHARE at most [9 %]" in lines
+
+
 @pytest.mark.parametrize(("rank", "said"), [("0", True), ("1", False)])
 @pytest.mark.parametrize("options", [["--y"], ["--help"]])
 def test_a_parser_speaks_once(tmp_path, rank, said, options):

@@ -237,6 +237,17 @@ def test_runs_as_the_copy_that_sbatch_spools(launch, launcher, tmp_path):
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_help_is_that_of_the_script_and_nothing_else_runs(launch, launcher, tmp_path):
+    calls, python = launch(ROOT / launcher, "--help")
+    assert (calls, python) == ([], [])
+    assert not (tmp_path / "out").exists()
+    done = subprocess.run(["bash", ROOT / launcher, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stdout.count("options:") == 1
+    assert "--max_length" in done.stdout
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_launcher_reads_as_agreed(launcher):
     text = (ROOT / launcher).read_text()
     lines = text.splitlines()

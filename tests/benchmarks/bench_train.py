@@ -36,7 +36,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-# As the launchers do on a CPU, for all loops alike: it halves the memory of each.
+# As the launchers do on a CPU, for all loops alike: each takes less memory by it.
 os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0")
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))

@@ -103,7 +103,7 @@ def computed_table(tokens_per_second: float, tokens: float) -> str:
     lines = [
         f"{size / 1e6:,.0f} MB of gradients; an update takes {update:.2f} s without communication "
         f"({tokens:,.0f} tokens per GPU at {tokens_per_second:,.0f} tokens/s).\n",
-        "| slowest link | 8 GPUs | of an update | 64 GPUs | of an update |",
+        "| slowest link | 8 GPUs | longer by | 64 GPUs | longer by |",
         "|--|--:|--:|--:|--:|",
     ]
     for link, speed in LINKS.items():
