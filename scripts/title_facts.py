@@ -346,9 +346,8 @@ def numerals(ordinals: bool) -> dict[str, int]:
     cardinals = spelled | {"cent": 100, "mille": 1000}
     spelled = cardinals | {"une": 1, "premier": 1, "premiere": 1, "second": 2, "seconde": 2}
     for word, value in cardinals.items():
-        root = word.removesuffix("e")
-        root += {"cinq": "u"}.get(root.split()[-1], "")
-        spelled[f"{root.removesuffix('f') + 'v' if root.endswith('neuf') else root}ieme"] = value
+        root = re.sub("cinq$", "cinqu", re.sub("neuf$", "neuv", word.removesuffix("e")))
+        spelled[f"{root}ieme"] = value
     return spelled
 
 

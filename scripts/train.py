@@ -302,13 +302,13 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
     run_config["memory"] = expected
     modeling.checkpoint_layers(base, expected["checkpointed_every"])
 
-    def saved() -> tuple:
+    def in_one_piece() -> tuple:
         """Return model and optimizer as checkpoints.py takes them; under FSDP, all-gathered."""
         return whole.gather() if sharded else (unwrapped, adamw)
 
     if checkpoint is not None:
         # After prepare, which would copy paged states into ordinary GPU memory.
-        [state] = broadcast_object_list([checkpoints.load_checkpoint(checkpoint, *saved())])
+        [state] = broadcast_object_list([checkpoints.load_checkpoint(checkpoint, *in_one_piece())])
         if sharded:
             whole.scatter()
     unfinished = state["completed_steps"] < num_training_steps
@@ -364,8 +364,8 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
         stopping = not evaluate_and_record(stop.asked_by_others)
     first_step, next_examples = state["completed_steps"], None
     # Should another node be lost, all that was done by then is on the first process.
-    found = (output_dir, unwrapped, adamw, state, first_step, sharded)
-    nodes.on_loss(lambda: checkpoints.save_what_is_left(*found))
+    to_save = (output_dir, unwrapped, adamw, state, first_step, sharded)
+    nodes.on_loss(lambda: checkpoints.save_what_is_left(*to_save))
     for step in range(first_step, num_training_steps):
         if stopping:
             break
@@ -441,13 +441,13 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
             note(f"update {step + 1} skipped, its loss or gradient is not finite")
             state["skipped_steps"] += 1
         if state["skipped_in_a_row"] == MAX_SKIPPED_IN_A_ROW:
-            checkpoints.give_up(accelerator, output_dir, *saved(), state)
+            checkpoints.give_up(accelerator, output_dir, *in_one_piece(), state)
 
         # After each epoch, every N updates and at the end, a checkpoint and then an evaluation.
         stopping = num_asked > 0
         if stopping or milestone(step + 1):
             save = checkpoints.save_checkpoint
-            from_main_process(accelerator, save, output_dir, *saved(), state)
+            from_main_process(accelerator, save, output_dir, *in_one_piece(), state)
         if not stopping and milestone(step + 1):
             stopping = not evaluate_and_record()
     progress_bar.close()
@@ -457,7 +457,7 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
         # If no update was left to do, the peak is that of an earlier start.
         peak = memory.peak_memory(device) if unfinished else None
         save = checkpoints.save_adapter
-        from_main_process(accelerator, save, saved()[0], state, peak, output_dir)
+        from_main_process(accelerator, save, in_one_piece()[0], state, peak, output_dir)
     accelerator.wait_for_everyone()  # nobody leaves early, see `keep_group`
     accelerator.end_training()
     if stopping:
