@@ -367,14 +367,10 @@ def choose_max_batch_tokens(model, num_beams: int = 1) -> int:
     config = model.config.get_text_config()
     layers = getattr(config, "per_layer_config", None) or [config]
 
-    def largest(*names: str) -> int:
-        """Return the number of the first of these names that the config has, over its layers."""
-        for name in names:
-            found = [getattr(layer, name, None) for layer in layers]
-            found = [max(n) if isinstance(n, list | tuple) else n for n in found if n]
-            if found:
-                return max(found)
-        return 0
+    def largest(name: str) -> int:
+        """Return the largest number of that name over the layers, 0 if the config has none."""
+        found = [getattr(layer, name, None) or 0 for layer in layers]
+        return max(max(n) if isinstance(n, list | tuple) else n for n in found)
 
     attention_heads = largest("num_attention_heads") or 1  # some have no attention
     size = largest("head_dim") or config.hidden_size // attention_heads
