@@ -7,6 +7,7 @@ added up. That takes no memory and, for a 7B, some seconds for each layout that 
 
 import copy
 import functools
+import logging
 import os
 import sys
 import weakref
@@ -25,6 +26,8 @@ from packing import PACKED
 from prompting import Example
 from sharding import layers_of
 
+# A model that does not go through, such as one with experts, is told of by plan.py.
+logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
 WAYS = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}  # QLoRA paper, figure 1
 # Bytes per weight of NF4 with double quantization: blocks of 64, then of 256 (QLoRA, section 3).
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)

@@ -213,7 +213,7 @@ def check_fit(base_folder: Path, adapter_dir: Path) -> None:
             )
     if "quantization_config" in json.loads((base_folder / "config.json").read_bytes()):
         raise UserError(
-            base_folder, "its files are quantized already", "give the model that it was made of"
+            base_folder, "its files are quantized already", "merge with peft's merge_and_unload"
         )
     lora = shapes_in([adapter_dir / ADAPTER_WEIGHTS])
     for name in sorted(lora):

@@ -452,7 +452,7 @@ def test_a_base_that_was_quantized_before_is_refused(trained, tiny_model, tmp_pa
     config = json.loads((base / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     (base / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="its files are quantized already; give the model that it"):
+    with pytest.raises(UserError, match="its files are quantized already; merge with peft's merge"):
         merge.check_fit(base, trained)
 
 
