@@ -17,8 +17,8 @@
 
 # --- Settings: edit here, or set them in the environment ---
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
-[ -f scripts/train.py ] || cd "$SLURM_SUBMIT_DIR"  # sbatch runs a copy that lies elsewhere
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
+[ -f scripts/train.py ] || cd "${SLURM_SUBMIT_DIR:-.}"  # sbatch runs a copy that lies elsewhere
 [[ " $* " != *" --help "* ]] || exec python3 scripts/infer.py --help
 ACCELERATE_CONFIG="${ACCELERATE_CONFIG:-accelerate_configs/cpu.yaml}"  # the machine
 DEMO="${DEMO:-demo}"                          # folder of the demo
@@ -56,5 +56,5 @@ infer merged.csv --run_dir "$OUTPUT_DIR/merged" "$@"
 mapfile -t NAMES < <(printf '%s\n' "$@" | sed -nE '/^--(text|id)_column/{p;/=/!{n;p}}')
 step python scripts/score.py ${REFERENCES:+--references "$REFERENCES"} --articles "$INPUT_FILE" \
   "${NAMES[@]}" --predictions "$OUTPUT_DIR"/{untuned,adapter,merged}.csv --baselines lead1 first40 \
-  ${REFERENCES:+ext-oracle} --runs "${RUN_DIR%/checkpoints/*}" "$OUTPUT_DIR/merged" \
+  ${REFERENCES:+ext-oracle} --runs "${RUN_DIR%/checkpoints/step-*}" "$OUTPUT_DIR/merged" \
   --output_dir "$OUTPUT_DIR"

@@ -17,8 +17,8 @@
 
 # --- Settings: edit here, or set them in the environment ---
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
-[ -f scripts/train.py ] || cd "$SLURM_SUBMIT_DIR"  # sbatch runs a copy that lies elsewhere
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
+[ -f scripts/train.py ] || cd "${SLURM_SUBMIT_DIR:-.}"  # sbatch runs a copy that lies elsewhere
 [[ " $* " != *" --help "* ]] || exec python3 scripts/train.py --help
 ACCELERATE_CONFIG="${ACCELERATE_CONFIG:-accelerate_configs/cpu.yaml}"  # the machine
 DEMO="${DEMO:-demo}"                      # folder of the demo

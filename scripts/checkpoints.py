@@ -34,6 +34,7 @@ from run_folder import (
     read_run_config,
     read_state,
     sealed,
+    share,
     write_json,
 )
 
@@ -287,6 +288,7 @@ def save_adapter(model, state: dict, peak: int | None, output_dir: Path) -> None
             # And takes where the base lay for its name, in the Hub's cache of this machine.
             config["base_model_name_or_path"] = run_config["base_model"]
             write_json(temporary / ADAPTER_CONFIG, config)
+            share(temporary / ADAPTER_WEIGHTS)
             for path in temporary.iterdir():
                 flush(path)
             # Of the same adapter, saved again, what is known of its titles stays true.
@@ -343,6 +345,7 @@ def _optimizer_state(model, optimizer) -> tuple[dict, dict]:
 def _save_tensors(tensors: dict, file: Path) -> None:
     with writing(file, _num_bytes(tensors)), _safetensors_errors():
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, file)
+        share(file)
 
 
 def _num_bytes(tensors: dict) -> int:

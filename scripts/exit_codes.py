@@ -12,6 +12,10 @@ import unicodedata
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+if sys.version_info < (3, 11):  # noqa: UP036  # before what older ones know nothing of
+    print("error: Python 3.11 or newer is needed, this is", sys.version.split()[0], file=sys.stderr)
+    sys.exit(2)
+
 DONE = 0
 BUG = 1  # what Python itself returns after a traceback
 USER_ERROR = 2  # the user must change something
@@ -166,6 +170,9 @@ def run(main) -> None:
     code, tell, lost, late = BUG, is_first_process(), False, False
     try:
         code = main() or DONE
+        if code == STOPPED and not is_first_process() and "TORCHELASTIC_RUN_ID" in os.environ:
+            # torchrun ends all once one has ended so. The first may yet have to leave its code.
+            _is_left_to_itself()
     except UserError as error:
         lost = isinstance(error, LostNode)  # which may have said itself why it went
         code = STOPPED if lost else USER_ERROR

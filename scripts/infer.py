@@ -243,9 +243,9 @@ def main(argv=None):
 
     lock = output_file.with_suffix(".lock")
     with (
+        Nodes(args.ddp_timeout) as nodes,
         locked(lock, args.output_file),
         StopRequest(args.max_time) as stop,
-        Nodes(args.ddp_timeout) as nodes,
     ):
         if is_complete(output_file, record):  # by a run that ended since the first look
             return None
@@ -376,7 +376,7 @@ def infer(args, columns, source, base_folder, prompt, decoding, record, stop, no
     nodes.wait_for_all(stop.asked)  # as long as it takes: some have slower GPUs, or more to write
     if accelerator.reduce(torch.tensor(float(stopping), device=accelerator.device)).item():
         if accelerator.is_main_process:
-            written = Parts(output_file, record, len(articles)).num_done
+            written = Parts(output_file, record, len(articles), world_size).num_done
             done = f"{written:,} of {len(articles):,} titles"
             by = stop.reason() or "another process"
             print(f"stopped by {by} after {done}; the same command goes on")
@@ -384,7 +384,7 @@ def infer(args, columns, source, base_folder, prompt, decoding, record, stop, no
         accelerator.end_training()
         return STOPPED
     if accelerator.is_main_process:
-        cut = Parts(output_file, record, len(articles)).join()
+        cut = Parts(output_file, record, len(articles), world_size).join()
         print(f"done: {len(articles):,} titles in {args.output_file}, {cut:,} cut by the limit")
     accelerator.wait_for_everyone()  # as at the end of train.py
     accelerator.end_training()

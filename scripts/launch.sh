@@ -10,6 +10,7 @@
 # the line `--signal`, or --max_time) or lost a node puts itself back into the queue; one that was
 # cancelled does not. In a job of several nodes, srun starts `accelerate launch` once on each.
 
+set +o posix  # in which `sh` of some systems runs bash: it would forget how a job has ended
 ON_NODES=() RENDEZVOUS=() RANK_OF_NODE=""
 if [ "${SLURM_NNODES:-1}" = 1 ]; then
   EXIT_CODE_FILE="$(mktemp)"

@@ -77,8 +77,16 @@ def main(argv=None):
         raise UserError(file, problem, f"start it with sbatch --nodes {machines}")
     if not config.get("use_cpu"):
         check_gpus(file, processes // machines, machines)
+    options = []
     if nodes > 1:
-        print(f"--num_machines {nodes} --num_processes {processes // machines * nodes}")
+        options += [f"--num_machines {nodes} --num_processes {processes // machines * nodes}"]
+    # Accelerate would start a thread for each core of the machine, of which a job may have a few.
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if config.get("use_cpu") and allowed < os.cpu_count() and "OMP_NUM_THREADS" not in os.environ:
+        threads = max(1, allowed * machines // processes)
+        options += [f"--num_cpu_threads_per_process {threads}"]
+    if options:
+        print(*options)
 
 
 def num_nodes() -> int:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from exit_codes import ArgumentParser, UserError, run, writing
 from libraries import quick_imports
+from run_folder import share
 
 VERSION = 2  # of what is made; a folder made by another version is refused
 
@@ -506,6 +507,7 @@ def make_model(folder, seed: int, steps: int):
             seconds = time.perf_counter() - start
             print(f"step {step}/{steps} | loss {loss.item():.3f} | {seconds:.1f} s", flush=True)
     model.save_pretrained(folder)
+    share(folder / "model.safetensors")
 
 
 def similar_batches(rows: list, size: int, shuffle: random.Random):

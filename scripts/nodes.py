@@ -57,6 +57,8 @@ class Nodes:
         try:
             if kind is not None and issubclass(kind, RuntimeError) and _of_collective(error):
                 self._give_up(error)
+            elif kind is not None and issubclass(kind, Exception) and not self.rank:
+                self._tell_it_is_over()  # others may not have met what ends this process
         finally:
             self.failed = kind is not None
             self.done.set()
@@ -114,6 +116,10 @@ class Nodes:
         """Give signs of life; on the first process, look for those of others too."""
         try:
             store = self._store()
+        except Exception:  # it was never there, or is gone: nor will the others be found
+            self._miss_the_first()
+            os._exit(1)
+        try:
             store.set(f"{PREFIX}name{self.rank}", self.name)
             counts = [0] * self.size
             while not self.done.wait(self.period):
@@ -147,6 +153,10 @@ class Nodes:
             time.sleep(self.silence)
         os._exit(1)
 
+    def _tell_it_is_over(self) -> None:
+        self._store().set(f"{PREFIX}over", "1")
+        time.sleep(2 * self.period)  # until the others have seen it: the store goes with this
+
     def _miss_the_first(self) -> None:
         where, what = os.environ["MASTER_ADDR"], "the first process is there and does not answer"
         print(f"error: {where}: {what}; {self.name} ends too", file=sys.stderr, flush=True)
@@ -168,8 +178,7 @@ class Nodes:
         try:
             resumable = self.save()
         finally:
-            self._store().set(f"{PREFIX}over", "1")
-            time.sleep(2 * self.period)  # until the others have seen it: the store goes with this
+            self._tell_it_is_over()
         where = ", ".join(names) or "the network between the nodes"
         problem = "gone in the middle of the run" if names else first_line(error)
         if resumable:

@@ -60,9 +60,14 @@ def part_file(output_file: Path, rank: int) -> Path:
     return output_file.with_suffix(f".part-{rank}.jsonl")
 
 
-def part_files(output_file: Path) -> list[Path]:
-    """Return the parts that there are, of any number of processes."""
-    found = output_file.parent.glob(f"{glob.escape(output_file.stem)}.part-*.jsonl")
+def part_files(output_file: Path, ranks: int = 0) -> list[Path]:
+    """Return the parts that there are, of any number of processes.
+
+    Those of the first `ranks` are looked for by name too: what another node has just made, the
+    listing of a network disk may not yet have.
+    """
+    found = set(output_file.parent.glob(f"{glob.escape(output_file.stem)}.part-*.jsonl"))
+    found |= {file for rank in range(ranks) if (file := part_file(output_file, rank)).exists()}
     return sorted(file for file in found if PART.search(file.stem))
 
 
@@ -101,9 +106,9 @@ class Parts:
         UserError: a part was made with other settings, or is damaged.
     """
 
-    def __init__(self, output_file: Path, record: dict, num_articles: int):
+    def __init__(self, output_file: Path, record: dict, num_articles: int, ranks: int = 0):
         self.output_file, self.record = output_file, record
-        self.files = part_files(output_file)
+        self.files = part_files(output_file, ranks)
         self.offsets = array("q", [-1]) * num_articles  # of the lines in their files
         self.numbers = array("h", [0]) * num_articles  # of the files
         self.max_batch_tokens = None  # that an earlier start has chosen

@@ -106,8 +106,10 @@ def check_safetensors(file: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, framework="np"):
+        with open(file, "rb"), safe_open(file, framework="np"):
             pass
+    except PermissionError as error:  # of which safetensors says that there is no such file
+        raise UserError(file, f"cannot be read ({error.strerror})", "ask its owner") from None
     except (OSError, SafetensorError) as error:
         raise UserError(file, f"not whole ({error})", "copy or download it again") from None
 
@@ -269,6 +271,14 @@ def _read_json(file: Path):
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(file, f"not valid JSON ({error})", "restore the file") from None
+
+
+def share(file: Path) -> None:
+    """Let others read a file as they may read what else is written: safetensors keeps its own from
+    them, whatever the umask."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    file.chmod(0o666 & ~mask)
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -4,11 +4,16 @@
 #
 #   source scripts/setup.sh requirements.txt
 
+NEW_ENOUGH="import sys; sys.exit(sys.version_info < (3, 11))"
 if [ "${SETUP:-1}" != 0 ]; then
   if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
-    [ -x .venv/bin/pip ] || python3 -m venv .venv  # no pip: an earlier try broke off
+    # No pip: an earlier try broke off. No Python, or an old one: it is of another machine or time.
+    { [ -x .venv/bin/pip ] && .venv/bin/python -c "$NEW_ENOUGH" 2> /dev/null; } ||
+      python3 -m venv --clear .venv
     export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv"
   fi
+  python -c "$NEW_ENOUGH" ||
+    { echo "error: $(command -v python): not Python 3.11 or newer; put one on PATH" >&2; exit 2; }
   if ! python - "$@" 2>/dev/null <<'CHECK'
 import sys
 from importlib.metadata import version

@@ -148,9 +148,9 @@ def main(argv=None):
     report_rows(surveys)  # nothing is dropped or repaired
 
     with (
+        Nodes(args.ddp_timeout) as nodes,
         locked(Path(args.output_dir, LOCK), args.output_dir),
         StopRequest(args.max_time) as stop,
-        Nodes(args.ddp_timeout) as nodes,
     ):
         if not args.resume_from_checkpoint:  # again: another run may have come and gone since
             check_output_dir(args.output_dir)

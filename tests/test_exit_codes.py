@@ -174,6 +174,24 @@ def test_a_parser_speaks_once(tmp_path, rank, said, options):
         assert done.stderr == "-c: error: unrecognized arguments: --y\n"
 
 
+@pytest.mark.parametrize(("rank", "agent", "waits"), [(1, 1, 1), (0, 1, 0), (1, 0, 0)])
+def test_who_stops_waits_for_the_first_to_leave_its_code(tmp_path, rank, agent, waits):
+    """torchrun ends that too, maybe before it has, and the launcher would take it for a bug."""
+    env = {"RANK": str(rank)} | ({"TORCHELASTIC_RUN_ID": "none"} if agent else {})
+    code = "import time; time.sleep = lambda s: print(f'waits {s:g} s'); return STOPPED"
+    done, written = run(code, tmp_path, **env)
+    assert (done.returncode, done.stdout) == (75, "waits 30 s\n" * waits)
+    assert written == (None if rank else "75\n")
+
+
+def test_an_old_python_is_told_at_once():
+    code = "import sys; sys.version_info = (3, 10); import exit_codes"
+    env = os.environ | {"PYTHONPATH": str(SCRIPTS)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: Python 3.11 or newer is needed, this is ")
+
+
 def test_a_process_waits_with_its_complaint_of_an_option_too(tmp_path):
     """Or torchrun ends the first one before it has spoken."""
     wait = "import time; time.sleep = lambda s: print(f'waits {s:g} s')"

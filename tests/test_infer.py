@@ -483,6 +483,15 @@ def test_goes_on_where_it_was_stopped_between_its_two_files(predicted, trained, 
     assert (tmp_path / "out.csv").read_bytes() == (predicted / "adapter.csv").read_bytes()
 
 
+def test_parts_that_a_listing_does_not_have_yet_are_looked_for_by_name(tmp_path, monkeypatch):
+    """As on a network disk, when another node has just made one."""
+    for rank in range(3):
+        part_file(tmp_path / "out.csv", rank).touch()
+    monkeypatch.setattr(type(tmp_path), "glob", lambda *_: [part_file(tmp_path / "out.csv", 2)])
+    expected = [part_file(tmp_path / "out.csv", rank) for rank in (0, 1, 2)]
+    assert part_files(tmp_path / "out.csv", ranks=2) == expected
+
+
 def test_other_line_separators_in_a_title_are_no_ends_of_lines(tmp_path):
     """JSON leaves U+2028 and U+0085 as they are, and `str.splitlines` would cut there."""
     record = {"input": {"path": "a", "sha256": "b"}, "commit": None}

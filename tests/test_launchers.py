@@ -227,6 +227,21 @@ def test_training_without_validation(launch):
     assert parsed(argv, train).validation_file is None
 
 
+def test_a_run_below_a_folder_called_checkpoints_is_scored(launch):
+    _, python = launch(ROOT / "run_infer.sh", **(REAL | {"RUN_DIR": "old/checkpoints/titles"}))
+    assert "--runs old/checkpoints/titles " in python[-1]
+    settings = REAL | {"RUN_DIR": "old/checkpoints/titles/checkpoints/step-000003"}
+    _, python = launch(ROOT / "run_infer.sh", **settings)
+    assert "--runs old/checkpoints/titles " in python[-1]
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_link_and_a_posix_shell_do(launch, launcher, tmp_path):
+    (tmp_path / "link").symlink_to(ROOT / launcher)
+    calls, _ = launch(tmp_path / "link", cwd=tmp_path, POSIXLY_CORRECT="1", **REAL)
+    assert len(calls) == (1 if launcher == "run_train.sh" else 3)
+
+
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_runs_as_the_copy_that_sbatch_spools(launch, launcher, tmp_path):
     spooled = tmp_path / "spool/slurm_script"
@@ -476,9 +491,11 @@ def test_ctrl_c_in_a_terminal_asks_once(job, tmp_path):
 
 FAKE_VENV = """#!/bin/sh
 # Stands in for python3 and for the python of an environment; $INSTALLED is made by its pip.
+[ "$1" != -c ] || exec [ ! -e "${0%/*}/old" ]
 echo "$0 $*" >> "$LOG"
 case "$*" in
-  "-m venv .venv") mkdir -p .venv/bin; cp "$0" .venv/bin/python; cp "$0" .venv/bin/pip ;;
+  "-m venv --clear .venv") mkdir -p .venv/bin; rm -f .venv/bin/*
+    cp "$0" .venv/bin/python; cp "$0" .venv/bin/pip ;;
   "-m pip install"*) touch "$INSTALLED" ;;
   -*) cat > /dev/null; [ -e "$INSTALLED" ] ;;
 esac
@@ -494,7 +511,7 @@ def set_up(tmp_path):
         (bin_dir / name).write_text(FAKE_VENV)
         (bin_dir / name).chmod(0o755)
 
-    def run(**env):
+    def run(code=0, **env):
         log = tmp_path / "log"
         log.write_text("")
         command = f"set -euo pipefail; source {SCRIPTS}/setup.sh a.txt b.txt; command -v python"
@@ -503,9 +520,10 @@ def set_up(tmp_path):
         result = subprocess.run(
             ["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True
         )
-        assert result.returncode == 0, result.stderr
+        assert result.returncode == code, result.stderr
         calls = [line.replace(f"{tmp_path}/", "") for line in log.read_text().splitlines()]
-        return calls, result.stdout.splitlines()[-1].replace(f"{tmp_path}/", "")
+        told = result.stderr if code else result.stdout.splitlines()[-1]
+        return calls, told.replace(f"{tmp_path}/", "")
 
     return run
 
@@ -514,11 +532,30 @@ def test_set_up_makes_an_environment_and_installs_once(set_up):
     calls, python = set_up()
     assert python == ".venv/bin/python"
     assert calls == [
-        "bin/python3 -m venv .venv",
+        "bin/python3 -m venv --clear .venv",
         ".venv/bin/python - a.txt b.txt",
         ".venv/bin/python -m pip install --quiet --no-compile -r a.txt -r b.txt",
     ]
     assert set_up() == ([".venv/bin/python - a.txt b.txt"], ".venv/bin/python")
+
+
+@pytest.mark.parametrize("of", ["another machine", "another time"])
+def test_set_up_makes_an_environment_anew_whose_python_is_gone_or_old(set_up, tmp_path, of):
+    """Else what is called python then is the system's, and is installed into."""
+    set_up()
+    (tmp_path / ".venv/bin/old").touch()
+    if of == "another machine":
+        (tmp_path / ".venv/bin/python").unlink()
+        (tmp_path / ".venv/bin/python").symlink_to("gone")
+    calls, python = set_up()
+    assert calls[0] == "bin/python3 -m venv --clear .venv"
+    assert python == ".venv/bin/python"
+
+
+def test_set_up_refuses_an_old_python(set_up, tmp_path):
+    (tmp_path / "bin/old").touch()
+    calls, told = set_up(code=2, CONDA_PREFIX="/somewhere")
+    assert (calls, told) == ([], "error: bin/python: not Python 3.11 or newer; put one on PATH\n")
 
 
 @pytest.mark.parametrize("variable", ["VIRTUAL_ENV", "CONDA_PREFIX"])
@@ -579,6 +616,28 @@ def test_a_config_is_refused_where_its_gpus_are_missing(monkeypatch, config, nee
     )
     complaint = f"{file}: the config asks for {asked} and there {there}; {advice}"
     assert str(error.value) == complaint
+
+
+@pytest.mark.parametrize(
+    ("processes", "allowed", "told"),
+    [(1, 8, "8"), (3, 8, "2"), (9, 8, "1"), (1, 64, "")],
+)
+def test_a_job_with_some_cores_of_a_machine_has_as_many_threads(
+    tmp_path, monkeypatch, capsys, processes, allowed, told
+):
+    import machine
+
+    config = yaml.safe_load((ROOT / "accelerate_configs/cpu.yaml").read_text())
+    config |= {"num_processes": processes, "distributed_type": "MULTI_GPU"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(allowed)), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    machine.main(["--config_file", str(tmp_path / "config.yaml")])
+    assert capsys.readouterr().out == (told and f"--num_cpu_threads_per_process {told}\n")
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    machine.main(["--config_file", str(tmp_path / "config.yaml")])
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ there on, all is real, from the launcher to the processes that talk through a vi
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from conftest import ROOT, train_args
 
 from exit_codes import UserError
 from nodes import Nodes
+from run_folder import LOCK
 
 SBATCH = """
 import os, pathlib, shutil, subprocess, sys
@@ -242,6 +244,18 @@ def test_a_process_that_fails_does_not_count_as_done(monkeypatch, fails):
             raise UserError("/models/7b", "no such folder", "fetch it")
     count = store.add("manchette/count1", 0)
     assert count > 0 if fails else count < 0
+
+
+def test_what_only_the_first_process_meets_ends_the_job(submit, tmp_path):
+    """Long before the timeout, after which the others would find out by themselves."""
+    run_dir = tmp_path / "job" / "run"
+    run_dir.mkdir(parents=True)
+    with (run_dir / LOCK).open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        job = submit("job", "--ddp_timeout", 3600)
+        assert job.codes() == [2], job.log(0)
+    assert job.log(0).count("error: ") == 1
+    assert "another run is writing there" in job.log(0)
 
 
 def test_a_job_of_two_nodes_that_loses_one_ends_with_the_bytes_of_another(submit, nodes):

@@ -317,6 +317,11 @@ def test_resuming_before_there_is_a_run_starts_one(tiny_model, news, tmp_path, c
     assert len(updates(tmp_path / "run")) == 1
 
 
+def test_whoever_may_read_a_folder_may_read_all_of_the_run(trained):
+    modes = {path: path.stat().st_mode & 0o777 for path in trained.rglob("*") if path.is_file()}
+    assert set(modes.values()) == {modes[trained / "run_config.json"]}
+
+
 def test_a_resumed_optimizer_keeps_the_buffers_that_bitsandbytes_made(
     tiny_model, news, tmp_path, monkeypatch
 ):
