@@ -162,8 +162,10 @@ def find_checkpoint(args, run_config: dict) -> Path | None:
     return None
 
 
-def load_checkpoint(checkpoint: Path, model, optimizer) -> dict:
+def load_checkpoint(checkpoint: Path, model, optimizer, run_config: dict | None = None) -> dict:
     """Put a checkpoint into a fresh model and optimizer and return its state.
+
+    Where the run's new `run_config` asks for another evaluation than before, no best is known yet.
 
     Raises:
         UserError: a file of it is damaged, or of another model.
@@ -193,7 +195,22 @@ def load_checkpoint(checkpoint: Path, model, optimizer) -> dict:
             where, problem, _ = error.parts
             note(f"{where}: {problem}; it was the best, which is chosen anew from here on")
             state |= {"best_step": None, "best_value": None}
+    if run_config and state["best_step"] is not None:
+        recorded = read_run_config(str(checkpoint.parent.parent))
+        if _evaluation(recorded) != _evaluation(run_config):
+            note("with another evaluation, the best is chosen anew from here on")
+            state |= {"best_step": None, "best_value": None}
     return state
+
+
+def _evaluation(run_config: dict) -> list:
+    """Return what of a run decides its figure of an adapter."""
+    arguments = DEFAULTS_OF_NEWER_ARGUMENTS | run_config["arguments"]
+    names = ["metric_for_best_model", "base_weights", "mixed_precision"]
+    names += ["num_eval_titles"] * (arguments.get(names[0]) == "rougeL")
+    validation = run_config["data"].get("validation", {}).get("sha256")
+    settings = [run_config["prompt"], run_config["base_fingerprint"], validation]
+    return [arguments.get(name) for name in names] + settings
 
 
 def set_later_ones_aside(output_dir: Path, completed_steps: int, unfinished: bool) -> None:

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from batching import MicroBatchSize, pack, pad_left
+from exit_codes import UserError
 from machine import free_memory
 from modeling import checkpoint_layers, decoder_linears, fuse_lora
 from packing import PACKED
@@ -73,6 +74,11 @@ def plan_memory(
     way = "qlora" if args.base_weights == "nf4" else "lora"  # dequantized, it is as large as that
     asked = args.activation_checkpointing
     choices = (0, 4, 2, 1) if asked == "auto" else (int({"none": 0, "full": 1}.get(asked, asked)),)
+    if not base.supports_gradient_checkpointing:  # as transformers calls it
+        if choices[-1] and asked != "auto":
+            problem = "transformers knows none for this model"
+            raise UserError(f"--activation_checkpointing {asked}", problem, "leave it out")
+        choices = (0,)
     for every in choices:
         found = peak(way, every)
         if found is not None and found < 0.9 * room:

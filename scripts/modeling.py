@@ -38,6 +38,7 @@ from run_folder import (
 # where a base has moved; that it is the right one, its fingerprint has told.
 warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated")
+warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated")  # by torch 2.13
 warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path` was renamed")
 if not sys.stderr.isatty():  # in a log, the bar of loading would stand before a complaint
     logging.disable_progress_bar()
@@ -165,6 +166,8 @@ def check_kind(model, folder: str, nf4: bool, lora: bool, longest: int) -> None:
 
 
 def _check_layers(model, folder: str, nf4: bool, lora: bool) -> None:
+    if lora and not nf4 and getattr(model.config, "quantization_config", None) is not None:
+        raise UserError(folder, "it was quantized before", "give the model that it was made of")
     layers = decoder_linears(model)
     convolutions = any(isinstance(module, Conv1D) for module in model.modules())
     if lora and (convolutions or not layers):

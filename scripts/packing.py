@@ -12,6 +12,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from exit_codes import UserError
+
 PACKED = "packed"  # its name among transformers' kinds of attention
 # Largest relative difference of bf16 logits between a packed row and separate rows: roundings of 32
 # random layers come to 0.03, wrong positions to 1.
@@ -219,6 +221,9 @@ def use_packed_attention(model, longest: int) -> str | None:
             return model(**batch, use_cache=False, logits_to_keep=last).logits[-1, -1].float()
 
     apart = logits({"input_ids": torch.tensor([first, second], device=model.device)})
+    if not apart.isfinite().all():
+        problem = "its logits are not finite: its weights are damaged, or too large for their type"
+        raise UserError(model.config.name_or_path, problem, "check its files")
     why = "it has an attention of its own"  # under which a mask has the square of the row
     try:
         model.set_attn_implementation(PACKED)
@@ -234,7 +239,7 @@ def use_packed_attention(model, longest: int) -> str | None:
             return None
     except torch.OutOfMemoryError:
         raise
-    except (ValueError, TypeError, RuntimeError, IndexError) as error:  # not made for it
+    except (ValueError, TypeError, RuntimeError, LookupError) as error:  # not made for it
         why = " ".join(str(error).split())[:80] or type(error).__name__
     model.set_attn_implementation(before)
     return why

@@ -308,7 +308,8 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
 
     if checkpoint is not None:
         # After prepare, which would copy paged states into ordinary GPU memory.
-        [state] = broadcast_object_list([checkpoints.load_checkpoint(checkpoint, *in_one_piece())])
+        load = checkpoints.load_checkpoint
+        [state] = broadcast_object_list([load(checkpoint, *in_one_piece(), run_config)])
         if sharded:
             whole.scatter()
     unfinished = state["completed_steps"] < num_training_steps

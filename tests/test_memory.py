@@ -9,6 +9,7 @@ from conftest import byte_level_tokenizer, save_tiny_model
 
 import memory
 from batching import MicroBatchSize, deal, pack, pad_left
+from exit_codes import UserError
 from modeling import check_targets, checkpoint_layers, fuse_lora, load_base, skeleton
 from packing import use_packed_attention
 from prompting import Example
@@ -254,6 +255,18 @@ def test_checkpointing_is_the_least_that_fits(base, every, monkeypatch):
 def test_the_run_is_one_of_the_ways(base, weights, way):
     record = plan(base, base_weights=weights, activation_checkpointing="none")
     assert record["this_run"] == record["estimate"][way]
+
+
+def test_a_model_without_checkpointing_has_none(folder, monkeypatch):
+    base = skeleton(str(folder), torch.bfloat16)
+    monkeypatch.setattr(type(base), "supports_gradient_checkpointing", False)
+    monkeypatch.setattr(memory, "free_memory", lambda _: 1 << 20)
+    assert plan(base)["checkpointed_every"] == 0
+    assert plan(base, activation_checkpointing="none")["checkpointed_every"] == 0
+    with pytest.raises(
+        UserError, match="--activation_checkpointing 2: transformers knows "
+    ):
+        plan(base, activation_checkpointing="2")
 
 
 def test_a_model_that_needs_content_has_no_estimate(folder, monkeypatch):

@@ -70,6 +70,10 @@ def test_a_base_that_was_quantized_in_another_way_is_refused(tiny_model, tmp_pat
     model.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"quantized before, in another way .*'fp4'.*; give"):
         modeling.load_base(str(tmp_path), CPU, torch.bfloat16, nf4=True)
+    weightless = modeling.skeleton(str(tmp_path), torch.bfloat16)
+    with pytest.raises(UserError, match="7b: it was quantized before; give the model that it was"):
+        modeling.check_kind(weightless, "7b", nf4=False, lora=True, longest=9)
+    modeling.check_kind(weightless, "7b", nf4=False, lora=False, longest=9)  # titles, as it is
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens", "q_projj", "proj"])

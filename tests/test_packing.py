@@ -25,6 +25,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from batching import pack, pad_left
+from exit_codes import UserError
 from packing import PACKED, never_packed, packed_attention, use_packed_attention
 from prompting import Example
 from train import title_loss
@@ -115,6 +116,14 @@ def test_an_article_longer_than_the_models_window_is_no_silent_mistake():
     assert use_packed_attention(model, 16) is None
     with pytest.raises(ValueError, match="an article of 42 tokens is longer than the window of 16"):
         title_loss(model, pack(examples(), CPU))
+
+
+def test_a_base_whose_logits_are_not_finite_is_refused():
+    model = make(MODELS["llama"])
+    model.model.layers[1].mlp.up_proj.weight.data[0] = torch.nan
+    model.config.name_or_path = "/models/7b"
+    with pytest.raises(UserError, match="/models/7b: its logits are not finite: its weights are"):
+        use_packed_attention(model, 64)
 
 
 def test_a_window_of_0_is_none():

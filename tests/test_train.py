@@ -317,6 +317,22 @@ def test_resuming_before_there_is_a_run_starts_one(tiny_model, news, tmp_path, c
     assert len(updates(tmp_path / "run")) == 1
 
 
+def test_a_best_by_another_evaluation_is_forgotten(tiny_model, news, tmp_path, capsys):
+    """Values of two kinds do not compare: no loss is below 0, as minus a ROUGE-L is."""
+    run_dir, resume = tmp_path / "run", ("--resume_from_checkpoint", "latest", "--resume_anyway")
+    more = ("--num_train_epochs", 1, "--metric_for_best_model", "rougeL", "--num_eval_titles", 1)
+    call(train.main, *train_args(tiny_model, news, run_dir, *more))
+    more = ("--num_train_epochs", 3, "--num_eval_titles", 1, "--save_total_limit", 9)
+    call(train.main, *train_args(tiny_model, news, run_dir, *more, *resume))
+    assert "with another evaluation, the best is chosen anew" in capsys.readouterr().out
+    losses = [row for row in metrics(run_dir) if "eval_loss" in row]
+    later = min(losses[1:], key=lambda row: row["eval_loss"])
+    record = json.loads((run_dir / "run_config.json").read_text())
+    assert record["adapter_step"] == later["step"]
+    call(train.main, *train_args(tiny_model, news, run_dir, *more, *resume))
+    assert "chosen anew" not in capsys.readouterr().out
+
+
 def test_whoever_may_read_a_folder_may_read_all_of_the_run(trained):
     modes = {path: path.stat().st_mode & 0o777 for path in trained.rglob("*") if path.is_file()}
     assert set(modes.values()) == {modes[trained / "run_config.json"]}
