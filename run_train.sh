@@ -19,7 +19,7 @@
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 [ -f scripts/train.py ] || cd "${SLURM_SUBMIT_DIR:-.}"  # sbatch runs a copy that lies elsewhere
-[[ " $* " != *" --help "* ]] || exec python3 scripts/train.py --help
+[[ ! " $* " =~ " --help "|" -h " ]] || PATH=".venv/bin:$PATH" exec python3 scripts/train.py --help
 ACCELERATE_CONFIG="${ACCELERATE_CONFIG:-accelerate_configs/cpu.yaml}"  # the machine
 DEMO="${DEMO:-demo}"                      # folder of the demo
 MODEL="${MODEL:-$DEMO/model}"             # folder or Hub id: meta-llama/Llama-2-7b-chat-hf

@@ -199,7 +199,9 @@ def load_checkpoint(checkpoint: Path, model, optimizer, run_config: dict | None 
         recorded = read_run_config(str(checkpoint.parent.parent))
         if _evaluation(recorded) != _evaluation(run_config):
             note("with another evaluation, the best is chosen anew from here on")
-            state |= {"best_step": None, "best_value": None}
+            # This adapter is evaluated again: by that, the checkpoint forgets the other best too.
+            evaluated = min(state["evaluated_steps"], state["completed_steps"] - 1)
+            state |= {"best_step": None, "best_value": None, "evaluated_steps": evaluated}
     return state
 
 

@@ -470,6 +470,8 @@ def generate_continuously(
         )
         try:
             manager = stack.enter_context(engine)
+        except torch.OutOfMemoryError:
+            raise
         except (ValueError, AttributeError, RuntimeError) as error:
             problem = f"it does not know this model's layers ({first_line(error)})"
             raise UserError("--engine continuous", problem, "leave it out") from None

@@ -170,8 +170,9 @@ def run(main) -> None:
     code, tell, lost, late = BUG, is_first_process(), False, False
     try:
         code = main() or DONE
-        if code == STOPPED and not is_first_process() and "TORCHELASTIC_RUN_ID" in os.environ:
-            # torchrun ends all once one has ended so. The first may yet have to leave its code.
+        beside_the_first = os.environ.get("GROUP_RANK") == "0" and not is_first_process()
+        if code == STOPPED and beside_the_first:
+            # torchrun ends all of a node once one has ended. The first has yet to leave its code.
             _is_left_to_itself()
     except UserError as error:
         lost = isinstance(error, LostNode)  # which may have said itself why it went

@@ -246,6 +246,7 @@ def main(argv=None):
         Nodes(args.ddp_timeout) as nodes,
         locked(lock, args.output_file),
         StopRequest(args.max_time) as stop,
+        nodes.together(),
     ):
         if is_complete(output_file, record):  # by a run that ended since the first look
             return None

@@ -80,13 +80,22 @@ def main(argv=None):
     options = []
     if nodes > 1:
         options += [f"--num_machines {nodes} --num_processes {processes // machines * nodes}"]
-    # Accelerate would start a thread for each core of the machine, of which a job may have a few.
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if config.get("use_cpu") and allowed < os.cpu_count() and "OMP_NUM_THREADS" not in os.environ:
-        threads = max(1, allowed * machines // processes)
-        options += [f"--num_cpu_threads_per_process {threads}"]
+    if config.get("use_cpu") and "OMP_NUM_THREADS" not in os.environ and (cores := _own_cores()):
+        options += [f"--num_cpu_threads_per_process {max(1, cores * machines // processes)}"]
     if options:
         print(*options)
+
+
+def _own_cores() -> int | None:
+    """Return how many cores this process may use, if those are not all of the machine, for which
+    Accelerate would start its threads."""
+    import psutil
+
+    logical = os.cpu_count() or 1
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else logical
+    if allowed >= logical:
+        return None
+    return allowed * (psutil.cpu_count(logical=False) or logical) // logical
 
 
 def num_nodes() -> int:

@@ -304,7 +304,8 @@ def main(argv=None):
         if args.model:
             make_model(folder / "model", args.seed, args.pretraining_steps)
         (folder / "demo.json").write_text(json.dumps(settings, indent=2) + "\n")
-        folder.rename(final)
+        with writing(output_dir):
+            folder.rename(final)
     print(f"{output_dir}: made in {time.perf_counter() - start:.0f} s")
 
 

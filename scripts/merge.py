@@ -211,7 +211,7 @@ def check_fit(base_folder: Path, adapter_dir: Path) -> None:
                 f"{name} is not supported here",
                 "merge with peft's merge_and_unload instead",
             )
-    if "quantization_config" in json.loads((base_folder / "config.json").read_bytes()):
+    if json.loads((base_folder / "config.json").read_bytes()).get("quantization_config"):
         raise UserError(
             base_folder, "its files are quantized already", "merge with peft's merge_and_unload"
         )
@@ -416,7 +416,8 @@ class Weights:
         loaded = self.loaded.get(name, name)
         if self.in_fp32.search(loaded):
             return torch.float32
-        return self.tensors[loaded].dtype if loaded in self.tensors else self.dtype
+        known = loaded in self.tensors and self.tensors[loaded].is_floating_point()
+        return self.tensors[loaded].dtype if known else self.dtype
 
     def _header(self, name: str, shape: tuple[int, ...], start: int) -> tuple[dict, int]:
         """Return what a safetensors file says of a tensor, and where its bytes end."""
@@ -553,6 +554,8 @@ def compare_logits(
             return output.logits[:, -keep:][counted].float()
 
     reference = logits(sources.pop(None), weights.lora)
+    if not reference.isfinite().all():
+        raise ValueError("the logits of base and adapter are not finite")
     found = {}
     for which, source in sources.items():
         merged = logits(source, lambda layer: None)
@@ -566,8 +569,8 @@ def compare_logits(
 
 
 def try_check(*arguments) -> dict[str, dict] | None:
-    """Return what `compare_logits` does, or None and a note where a model does not take its weights
-    one by one: it may use a module's without calling it."""
+    """Return what `compare_logits` does, or None and a note where it cannot be done: a model may
+    use a module's weights without calling it, and has none then."""
     try:
         found = compare_logits(*arguments)
     except Exception as error:  # whatever its code makes of that; the merge is done without
@@ -575,7 +578,7 @@ def try_check(*arguments) -> dict[str, dict] | None:
         return None
     if all(math.isfinite(check["relative_difference"]) for check in found.values()):
         return found
-    note("no check: this model does not run one layer at a time (its logits are not finite)")
+    note("the merged model's logits are not finite: look at its titles")
     return None
 
 

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 from exit_codes import LostNode, UserError, node_name, note
@@ -19,15 +20,14 @@ class Nodes:
     """Knows which nodes were heard of lately. Use it as a context manager around the work.
 
     Where a run has several nodes, a thread of each process counts up in the store of torch's
-    rendezvous, on the first node, every few seconds. Once a collective operation fails, the first
-    process sees whose count stands still. It saves what can be saved, says which node is gone, and
-    then tells the others to end.
+    rendezvous, on the first node, every few seconds. Once a collective operation fails within
+    `together()`, the first process sees whose count stands still. It saves what can be saved, says
+    which node is gone, and then tells the others to end. It also tells them if anything else ends
+    it, which they may not have met.
 
     Args:
         timeout: seconds after which an operation between processes fails.
 
-    Raises:
-        LostNode: such an operation failed, in place of what torch raises for it.
     """
 
     def __init__(self, timeout: float):
@@ -42,7 +42,7 @@ class Nodes:
         self.heard = [time.monotonic()] * self.size  # on the first process, of each
         self.answered = time.monotonic()  # by the store
         self.noted = set()
-        self.done, self.failed = threading.Event(), False
+        self.done, self.failed, self.told = threading.Event(), False, False
         self.thread = threading.Thread(target=self._count, daemon=True)
         self.save: Callable[[], str | None] = lambda: None
 
@@ -55,10 +55,8 @@ class Nodes:
         if not self.several:
             return
         try:
-            if kind is not None and issubclass(kind, RuntimeError) and _of_collective(error):
-                self._give_up(error)
-            elif kind is not None and issubclass(kind, Exception) and not self.rank:
-                self._tell_it_is_over()  # others may not have met what ends this process
+            if kind is not None and issubclass(kind, Exception) and not self.rank:
+                self._tell_it_is_over()
         finally:
             self.failed = kind is not None
             self.done.set()
@@ -66,6 +64,21 @@ class Nodes:
             # the work would be done, and its node would count as failed all the same. A store that
             # does not answer is not waited for as long as it may take.
             self.thread.join(self.silence)
+
+    @contextmanager
+    def together(self):
+        """Take a collective operation that fails for a lost node, while signals and the lock of the
+        run's folder are still as in the work: what is left is saved here.
+
+        Raises:
+            LostNode: in place of what torch raises.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if not self.several or not _of_collective(error):
+                raise
+            self._give_up(error)
 
     def on_loss(self, save: Callable[[], str | None]) -> None:
         """Have the first process call `save()` should a node be lost.
@@ -117,8 +130,10 @@ class Nodes:
         try:
             store = self._store()
         except Exception:  # it was never there, or is gone: nor will the others be found
-            self._miss_the_first()
-            os._exit(1)
+            if self.rank and not self.done.is_set():
+                self._miss_the_first()
+                os._exit(1)
+            return
         try:
             store.set(f"{PREFIX}name{self.rank}", self.name)
             counts = [0] * self.size
@@ -154,11 +169,15 @@ class Nodes:
         os._exit(1)
 
     def _tell_it_is_over(self) -> None:
-        self._store().set(f"{PREFIX}over", "1")
-        time.sleep(2 * self.period)  # until the others have seen it: the store goes with this
+        if self.told:
+            return
+        self.told = True
+        with suppress(Exception):  # whatever a store that is gone makes of it: nobody is left
+            self._store().set(f"{PREFIX}over", "1")
+            time.sleep(2 * self.period)  # until the others have seen it: the store goes with this
 
     def _miss_the_first(self) -> None:
-        where, what = os.environ["MASTER_ADDR"], "the first process is there and does not answer"
+        where, what = os.environ.get("MASTER_ADDR"), "the first process does not answer there"
         print(f"error: {where}: {what}; {self.name} ends too", file=sys.stderr, flush=True)
 
     def _give_up(self, error) -> None:

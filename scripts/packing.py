@@ -190,7 +190,7 @@ def never_packed(config, longest: int) -> str | None:
         return f"it has layers of the kind {min(others)}"  # whose chunks would be of the row
     for rope in _rope_parameters(config):
         trained = rope.get("original_max_position_embeddings")
-        trained = trained or getattr(config, "max_position_embeddings", longest)
+        trained = trained or getattr(config, "max_position_embeddings", None) or longest
         if rope.get("rope_type") in ("longrope", "dynamic") and trained < longest:
             return f"articles beyond {trained:,} tokens change the positions of the others"
     return None
@@ -206,9 +206,10 @@ def use_packed_attention(model, longest: int) -> str | None:
     """Let a model read packed rows of articles of up to `longest` tokens; return why not, or None.
 
     It is tried, for a model may ignore the borders: what it says of the second of two articles must
-    be what it says of that one in a row of its own, and must not change with the first, not by a
-    bit. (There are as many tokens in both batches: kernels for 4-bit weights go by their number,
-    and round otherwise. Experts' go by which tokens are theirs, which in fp32 is allowed for.)
+    be what it says of that one in a row of its own, and must not change with the first: not by a
+    bit, or in fp32 by more than a rounding, for experts take the tokens of a row together. (There
+    are as many tokens in both batches: kernels for 4-bit weights go by their number, and round
+    otherwise.)
     """
     if why := never_packed(model.config, longest):
         return why

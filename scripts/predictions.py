@@ -55,6 +55,14 @@ def same_settings(line: str, record: dict) -> bool:
         return False
 
 
+def is_record(line: str | bytes) -> bool:
+    """Return whether a line is what a file of titles begins with."""
+    try:
+        return "input" in dict(json.loads(line))
+    except (ValueError, TypeError):
+        return False
+
+
 def part_file(output_file: Path, rank: int) -> Path:
     """Return where a process keeps what it has written so far."""
     return output_file.with_suffix(f".part-{rank}.jsonl")
@@ -125,7 +133,7 @@ class Parts:
                         chosen = json.loads(line).get("max_batch_tokens")
                         if type(chosen) is int and chosen > 0:
                             self.max_batch_tokens = chosen
-                    elif stream.readline().endswith(b"\n"):
+                    elif stream.readline().endswith(b"\n") or not is_record(line):
                         raise UserError(
                             file,
                             "an unfinished run had other settings",

@@ -42,7 +42,7 @@ OWN_FILES_ONLY = {"trust_remote_code": False, "local_files_only": True}
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 TOKENIZER_FILES += ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
-TOKENIZER_FILES += ("chat_template.jinja",)
+TOKENIZER_FILES += ("chat_template.jinja", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 GENERATION_CONFIG = "generation_config.json"
 SAMPLED_BYTES = 1 << 20  # of each weight file that go into its fingerprint
 
@@ -278,7 +278,8 @@ def share(file: Path) -> None:
     them, whatever the umask."""
     mask = os.umask(0o077)
     os.umask(mask)
-    file.chmod(0o666 & ~mask)
+    with suppress(OSError):  # some disks have no modes
+        file.chmod(0o666 & ~mask)
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -540,8 +541,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def tokenizer_sha256(folder: Path, base_folder: Path) -> str:
-    """Return a hash of all that decides how text becomes ids, and which ids end a title: the files
-    of the tokenizer in one folder, and the generation config in another."""
+    """Return a hash of what tokenizers read in a folder, which decides how text becomes ids, and of
+    a base's generation config, which names what ends a title."""
     digest = hashlib.sha256()
     files = [folder / name for name in TOKENIZER_FILES] + [base_folder / GENERATION_CONFIG]
     for file in filter(Path.is_file, files):

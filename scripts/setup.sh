@@ -7,9 +7,11 @@
 NEW_ENOUGH="import sys; sys.exit(sys.version_info < (3, 11))"
 if [ "${SETUP:-1}" != 0 ]; then
   if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
-    # No pip: an earlier try broke off. No Python, or an old one: it is of another machine or time.
-    { [ -x .venv/bin/pip ] && .venv/bin/python -c "$NEW_ENOUGH" 2> /dev/null; } ||
-      python3 -m venv --clear .venv
+    if [ -e .venv/bin/python ] || [ -L .venv/bin/python ]; then
+      .venv/bin/python -c "$NEW_ENOUGH" 2> /dev/null || { echo "error: .venv: its Python is gone or \
+older than 3.11; remove it, or activate another environment" >&2; exit 2; }
+    fi
+    [ -x .venv/bin/pip ] || python3 -m venv .venv  # no pip: an earlier try broke off
     export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv"
   fi
   python -c "$NEW_ENOUGH" ||

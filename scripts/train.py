@@ -151,6 +151,7 @@ def main(argv=None):
         Nodes(args.ddp_timeout) as nodes,
         locked(Path(args.output_dir, LOCK), args.output_dir),
         StopRequest(args.max_time) as stop,
+        nodes.together(),
     ):
         if not args.resume_from_checkpoint:  # again: another run may have come and gone since
             check_output_dir(args.output_dir)

@@ -56,6 +56,13 @@ OPTIONS = {
     "run_infer.sh": [],
 }
 
+
+def with_options(script: str, argv) -> list[str]:
+    """Return a command line; predictions that are given are all, where an option adds to others."""
+    options = OPTIONS[script]
+    return [*(options[:-2] if "--predictions" in argv else options), *argv]
+
+
 BIN = Path(sys.executable).parent
 UNSET = ("VIRTUAL_ENV", "CONDA_PREFIX", "HF_HOME", "HF_HUB_CACHE", "ACCELERATE_USE_CPU")
 
@@ -776,7 +783,7 @@ def change_files(folder: Path, files: dict) -> None:
 def test_bad_input_is_one_line_and_nothing_written(folder, answer, case):
     change_files(folder, case.files)
     before = everything_in(folder)
-    argv = [*OPTIONS[case.script], *case.argv]
+    argv = with_options(case.script, case.argv)
     result = answer(folder, case.script, argv, case.needs, **case.env)
     line = case.line.replace("{work}", str(folder)) + "\n"
     expected = re.escape(line).replace(re.escape("(…)"), r"\(.+\)")
@@ -958,7 +965,11 @@ def measured(folder: Path, script: str, *argv) -> tuple[str, int]:
     """Run a script; return what it printed and the largest memory that it took, in bytes."""
     command = [sys.executable, "-c", MEASURE, sys.executable, str(SCRIPTS / script)]
     result = subprocess.run(
-        [*command, *OPTIONS[script], *argv], capture_output=True, text=True, cwd=folder, timeout=200
+        [*command, *with_options(script, argv)],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        timeout=200,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout, int(re.search(r"peak (\d+)$", result.stdout.strip())[1])

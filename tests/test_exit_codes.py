@@ -174,10 +174,12 @@ def test_a_parser_speaks_once(tmp_path, rank, said, options):
         assert done.stderr == "-c: error: unrecognized arguments: --y\n"
 
 
-@pytest.mark.parametrize(("rank", "agent", "waits"), [(1, 1, 1), (0, 1, 0), (1, 0, 0)])
-def test_who_stops_waits_for_the_first_to_leave_its_code(tmp_path, rank, agent, waits):
+@pytest.mark.parametrize(
+    ("rank", "node", "waits"), [(1, "0", 1), (0, "0", 0), (1, "1", 0), (1, None, 0)]
+)
+def test_who_stops_waits_for_the_first_to_leave_its_code(tmp_path, rank, node, waits):
     """torchrun ends that too, maybe before it has, and the launcher would take it for a bug."""
-    env = {"RANK": str(rank)} | ({"TORCHELASTIC_RUN_ID": "none"} if agent else {})
+    env = {"RANK": str(rank)} | ({"GROUP_RANK": node} if node else {})
     code = "import time; time.sleep = lambda s: print(f'waits {s:g} s'); return STOPPED"
     done, written = run(code, tmp_path, **env)
     assert (done.returncode, done.stdout) == (75, "waits 30 s\n" * waits)

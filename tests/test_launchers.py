@@ -253,8 +253,8 @@ def test_runs_as_the_copy_that_sbatch_spools(launch, launcher, tmp_path):
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_help_is_that_of_the_script_and_nothing_else_runs(launch, launcher, tmp_path):
-    calls, python = launch(ROOT / launcher, "--help")
-    assert (calls, python) == ([], [])
+    for option in ("--help", "-h"):
+        assert launch(ROOT / launcher, option) == ([], [])
     assert not (tmp_path / "out").exists()
     done = subprocess.run(["bash", ROOT / launcher, "--help"], capture_output=True, text=True)
     assert done.returncode == 0
@@ -494,8 +494,7 @@ FAKE_VENV = """#!/bin/sh
 [ "$1" != -c ] || exec [ ! -e "${0%/*}/old" ]
 echo "$0 $*" >> "$LOG"
 case "$*" in
-  "-m venv --clear .venv") mkdir -p .venv/bin; rm -f .venv/bin/*
-    cp "$0" .venv/bin/python; cp "$0" .venv/bin/pip ;;
+  "-m venv .venv") mkdir -p .venv/bin; cp "$0" .venv/bin/python; cp "$0" .venv/bin/pip ;;
   "-m pip install"*) touch "$INSTALLED" ;;
   -*) cat > /dev/null; [ -e "$INSTALLED" ] ;;
 esac
@@ -532,7 +531,7 @@ def test_set_up_makes_an_environment_and_installs_once(set_up):
     calls, python = set_up()
     assert python == ".venv/bin/python"
     assert calls == [
-        "bin/python3 -m venv --clear .venv",
+        "bin/python3 -m venv .venv",
         ".venv/bin/python - a.txt b.txt",
         ".venv/bin/python -m pip install --quiet --no-compile -r a.txt -r b.txt",
     ]
@@ -540,16 +539,16 @@ def test_set_up_makes_an_environment_and_installs_once(set_up):
 
 
 @pytest.mark.parametrize("of", ["another machine", "another time"])
-def test_set_up_makes_an_environment_anew_whose_python_is_gone_or_old(set_up, tmp_path, of):
+def test_set_up_refuses_an_environment_whose_python_is_gone_or_old(set_up, tmp_path, of):
     """Else what is called python then is the system's, and is installed into."""
     set_up()
     (tmp_path / ".venv/bin/old").touch()
     if of == "another machine":
         (tmp_path / ".venv/bin/python").unlink()
         (tmp_path / ".venv/bin/python").symlink_to("gone")
-    calls, python = set_up()
-    assert calls[0] == "bin/python3 -m venv --clear .venv"
-    assert python == ".venv/bin/python"
+    calls, told = set_up(code=2)
+    assert calls == []
+    assert told.startswith("error: .venv: its Python is gone or older than 3.11; remove it, or act")
 
 
 def test_set_up_refuses_an_old_python(set_up, tmp_path):
@@ -630,8 +629,9 @@ def test_a_job_with_some_cores_of_a_machine_has_as_many_threads(
     config = yaml.safe_load((ROOT / "accelerate_configs/cpu.yaml").read_text())
     config |= {"num_processes": processes, "distributed_type": "MULTI_GPU"}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(allowed)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    monkeypatch.setattr("psutil.cpu_count", lambda logical: 64)  # of two threads each
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(2 * allowed)), raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS")
     machine.main(["--config_file", str(tmp_path / "config.yaml")])
     assert capsys.readouterr().out == (told and f"--num_cpu_threads_per_process {told}\n")

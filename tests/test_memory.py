@@ -263,9 +263,7 @@ def test_a_model_without_checkpointing_has_none(folder, monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda _: 1 << 20)
     assert plan(base)["checkpointed_every"] == 0
     assert plan(base, activation_checkpointing="none")["checkpointed_every"] == 0
-    with pytest.raises(
-        UserError, match="--activation_checkpointing 2: transformers knows "
-    ):
+    with pytest.raises(UserError, match="--activation_checkpointing 2: transformers knows "):
         plan(base, activation_checkpointing="2")
 
 

@@ -235,7 +235,7 @@ def test_an_edited_card_stays(scored, news, capsys):
     )
     assert results_of(str(scored / "merged")) is not None
     card.write_text(before, encoding="utf-8")
-    score_again(scored, news, "--baselines", "lead1", "first3")
+    score_again(scored, news, "--baselines", "first3")
     assert "| first3 |" in card.read_text(encoding="utf-8")
 
 

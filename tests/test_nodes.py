@@ -4,8 +4,11 @@ What stands in for sbatch, srun and scontrol does with run_train.sh what SLURM's
 there on, all is real, from the launcher to the processes that talk through a virtual cable.
 """
 
+import argparse
 import contextlib
 import fcntl
+import importlib
+import inspect
 import json
 import os
 import re
@@ -244,6 +247,33 @@ def test_a_process_that_fails_does_not_count_as_done(monkeypatch, fails):
             raise UserError("/models/7b", "no such folder", "fetch it")
     count = store.add("manchette/count1", 0)
     assert count > 0 if fails else count < 0
+
+
+@pytest.mark.parametrize("script", ["train", "infer"])
+def test_what_is_left_is_saved_as_in_the_work(script, tmp_path, monkeypatch):
+    """No other run may begin in the folder yet, and a signal must not end this process."""
+    from torch.distributed import DistError, TCPStore
+
+    module, seen = importlib.import_module(script), []
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    variables = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    source = inspect.getsource(module.main)
+    managers = re.search(r"with \((.*?)\n    \):\n", source, re.DOTALL)[1]
+    args = argparse.Namespace(ddp_timeout=2, max_time=None, output_dir=tmp_path, output_file="out")
+    lock = tmp_path / LOCK
+    names = vars(module) | {"args": args, "lock": lock, "seen": seen, "DistError": DistError}
+    names |= {"look": lambda: seen.append((lock.exists(), signal.getsignal(signal.SIGTERM)))}
+    work = f"with ({managers}):\n    stop.listen()\n    nodes.on_loss(look)\n"
+    with pytest.raises(UserError, match="nothing was done since the start"):
+        exec(work + "    raise DistError('Connection closed by peer')", names)
+    [(locked, handler)] = seen
+    assert locked
+    assert handler is not signal.SIG_DFL
+    assert not lock.exists()
+    assert store.check(["manchette/over"])
 
 
 def test_what_only_the_first_process_meets_ends_the_job(submit, tmp_path):

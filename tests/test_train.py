@@ -326,9 +326,12 @@ def test_a_best_by_another_evaluation_is_forgotten(tiny_model, news, tmp_path, c
     call(train.main, *train_args(tiny_model, news, run_dir, *more, *resume))
     assert "with another evaluation, the best is chosen anew" in capsys.readouterr().out
     losses = [row for row in metrics(run_dir) if "eval_loss" in row]
-    later = min(losses[1:], key=lambda row: row["eval_loss"])
+    best = min(losses, key=lambda row: row["eval_loss"])  # that of before was evaluated again
+    assert len(losses) == 3
     record = json.loads((run_dir / "run_config.json").read_text())
-    assert record["adapter_step"] == later["step"]
+    assert record["adapter_step"] == best["step"]
+    for checkpoint in (run_dir / "checkpoints").iterdir():
+        assert json.loads((checkpoint / "state.json").read_text())["best_value"] > 0
     call(train.main, *train_args(tiny_model, news, run_dir, *more, *resume))
     assert "chosen anew" not in capsys.readouterr().out
 
