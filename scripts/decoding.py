@@ -527,17 +527,14 @@ def sdpa_attention(model):
         UserError: this model has none such.
     """
     before = model.config._attn_implementation
-    # Not every release of transformers says that its sdpa passes over Gemma 2's soft caps.
-    known = not getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
     try:
-        if known:
-            model.set_attn_implementation("sdpa")
+        if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+            raise ValueError("soft caps, which sdpa of some releases passes over, as of Gemma 2")
+        model.set_attn_implementation("sdpa")
     except ValueError:
-        known = False
-    if not known:
         raise UserError(
             "--engine continuous", "it does not know this model's attention", "leave it out"
-        )
+        ) from None
     try:
         yield
     finally:

@@ -5,7 +5,8 @@
 `accelerate launch` answers a broken config with a traceback, and trains on the CPU where a GPU is
 asked for and missing, several processes without knowing of each other. The launchers ask here
 first; train.py and infer.py ask `check_devices`, whoever started them. In a SLURM job of several
-nodes, what is printed are the options that make the config one for so many.
+nodes, or with some cores of a machine, what is printed are the options that make the config one
+for these.
 """
 
 import math
@@ -87,15 +88,19 @@ def main(argv=None):
 
 
 def _own_cores() -> int | None:
-    """Return how many cores this process may use, if those are not all of the machine, for which
-    Accelerate would start its threads."""
+    """Return how many whole cores this process may use, if those are not all of the machine, for
+    which Accelerate would start its threads."""
     import psutil
 
-    logical = os.cpu_count() or 1
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else logical
+    logical, allowed = os.cpu_count() or 1, num_cores()
     if allowed >= logical:
         return None
     return allowed * (psutil.cpu_count(logical=False) or logical) // logical
+
+
+def num_cores() -> int:
+    """Return how many cores this process may use, two of which may be threads of one."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def num_nodes() -> int:

@@ -21,13 +21,11 @@ class Nodes:
 
     Where a run has several nodes, a thread of each process counts up in the store of torch's
     rendezvous, on the first node, every few seconds. Once a collective operation fails within
-    `together()`, the first process sees whose count stands still. It saves what can be saved, says
-    which node is gone, and then tells the others to end. It also tells them if anything else ends
-    it, which they may not have met.
+    `together()`, the first process sees whose count stands still. It saves what can be saved and
+    says which node is gone. Whatever ends it, it tells the others to end: they may not have met it.
 
     Args:
         timeout: seconds after which an operation between processes fails.
-
     """
 
     def __init__(self, timeout: float):
@@ -42,7 +40,7 @@ class Nodes:
         self.heard = [time.monotonic()] * self.size  # on the first process, of each
         self.answered = time.monotonic()  # by the store
         self.noted = set()
-        self.done, self.failed, self.told = threading.Event(), False, False
+        self.done, self.failed = threading.Event(), False
         self.thread = threading.Thread(target=self._count, daemon=True)
         self.save: Callable[[], str | None] = lambda: None
 
@@ -56,7 +54,10 @@ class Nodes:
             return
         try:
             if kind is not None and issubclass(kind, Exception) and not self.rank:
-                self._tell_it_is_over()
+                with suppress(Exception):  # of a store that is gone: then nobody is left
+                    self._store().set(f"{PREFIX}over", "1")
+                    # Until the others have seen it: the store goes with this process.
+                    time.sleep(2 * self.period)
         finally:
             self.failed = kind is not None
             self.done.set()
@@ -168,14 +169,6 @@ class Nodes:
             time.sleep(self.silence)
         os._exit(1)
 
-    def _tell_it_is_over(self) -> None:
-        if self.told:
-            return
-        self.told = True
-        with suppress(Exception):  # whatever a store that is gone makes of it: nobody is left
-            self._store().set(f"{PREFIX}over", "1")
-            time.sleep(2 * self.period)  # until the others have seen it: the store goes with this
-
     def _miss_the_first(self) -> None:
         where, what = os.environ.get("MASTER_ADDR"), "the first process does not answer there"
         print(f"error: {where}: {what}; {self.name} ends too", file=sys.stderr, flush=True)
@@ -194,10 +187,7 @@ class Nodes:
             os._exit(1)
         time.sleep(self.silence + 2 * self.period)  # who is alive is heard of in that time
         names = self.gone()
-        try:
-            resumable = self.save()
-        finally:
-            self._tell_it_is_over()
+        resumable = self.save()
         where = ", ".join(names) or "the network between the nodes"
         problem = "gone in the middle of the run" if names else first_line(error)
         if resumable:

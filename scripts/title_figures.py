@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 
 from baselines import write_title
+from machine import num_cores
 from title_facts import (
     NGRAMS,
     Article,
@@ -152,11 +153,6 @@ def measure(
     for of_name in figures.values():
         of_name.finish()
     return figures, texts, written
-
-
-def num_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def measure_chunk(articles, references, titles, baselines) -> tuple[dict, dict]:
