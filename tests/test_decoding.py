@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import french_rows
+from transformers import LlamaConfig
 from transformers.cache_utils import DynamicLayer
 
 import decoding
@@ -369,7 +370,7 @@ def test_failed_and_missing_requests_are_named(monkeypatch, answers, complaint):
 
     model = SimpleNamespace(
         continuous_batching_context_manager=manager,
-        config=SimpleNamespace(_attn_implementation="sdpa"),
+        config=LlamaConfig(attn_implementation="sdpa"),
         set_attn_implementation=lambda name: None,
     )
     requests, found = {f"a{n}": [1, 2] for n in range(3)}, {}
