@@ -11,6 +11,8 @@
 # cancelled does not. In a job of several nodes, srun starts `accelerate launch` once on each.
 
 set +o posix  # in which `sh` of some systems runs bash: it would forget how a job has ended
+[[ ! " $* " =~ " --"(run_dir|input_file|output_file|output_dir)[\ =] ]] ||
+  refuse "--${BASH_REMATCH[1]}: other steps need it too; set the launcher's variable instead"
 ON_NODES=() RENDEZVOUS=() RANK_OF_NODE=""
 if [ "${SLURM_NNODES:-1}" = 1 ]; then
   EXIT_CODE_FILE="$(mktemp)"
@@ -44,6 +46,8 @@ ask() {
   if [ -z "$asked" ]; then
     asked="$1" asked_at=$SECONDS
     : > "$STOP_FILE" || echo "$STOP_FILE cannot be made; a second signal ends all at once" >&2
+    [ -z "$job" ] || [ "$end" = TERM ] ||  # ("true": a terminal that is closed takes no message)
+      echo "stopping as soon as nothing is half done; once more to stop at once" >&2 || true
     [ "$end" = TERM ] || return 0
   elif [ $((SECONDS - asked_at)) -lt 2 ]; then
     return 0

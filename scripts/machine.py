@@ -17,6 +17,7 @@ from pathlib import Path
 from exit_codes import ArgumentParser, UserError, run
 
 USE_OURS = "give one of accelerate_configs/"
+CONFIGS = Path(__file__).resolve().parent.parent / "accelerate_configs"
 SHARED_MEMORY = Path("/dev/shm")
 CACHES = ("inactive_file", "active_file", "slab_reclaimable")  # in memory.stat
 CONTROL_GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
@@ -47,7 +48,6 @@ def main(argv=None):
     file = parse_args(argv).config_file
     if not Path(file).is_file():
         raise UserError(file, "there is no such file", USE_OURS)
-    # Not by Accelerate's own reader, which imports torch: no answer should wait for that in vain.
     import yaml
 
     try:
@@ -57,6 +57,7 @@ def main(argv=None):
     if not isinstance(config, dict) or "distributed_type" not in config:
         raise UserError(file, "not a config of Accelerate", USE_OURS)
     check_supported(file, config)
+    check_names(file, config)
     processes, machines = config.get("num_processes"), config.get("num_machines", 1)
     if type(processes) is not int or type(machines) is not int or not 1 <= machines <= processes:
         problem = f"num_processes is {processes} on num_machines {machines}"
@@ -128,6 +129,28 @@ def check_supported(file: str, config: dict) -> None:
     if str(config.get("mixed_precision", "no")).lower() in ("fp8", "fp16"):
         problem = f"it asks for {config['mixed_precision']}, and the scripts know bf16 and fp32"
         raise UserError(file, problem, "leave mixed_precision to their option")
+
+
+def check_names(file: str, config: dict) -> None:
+    """Refuse options and kinds of processes that Accelerate does not know.
+
+    Its own reader is asked only about what is in none of accelerate_configs/, for it imports torch.
+
+    Raises:
+        UserError: as said.
+    """
+    import yaml
+
+    ours = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in CONFIGS.glob("*.yaml")]
+    kinds = {known["distributed_type"] for known in ours}
+    if config.keys() <= set().union(*ours) and config["distributed_type"] in kinds:
+        return
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    try:
+        load_config_from_file(file)
+    except (ValueError, TypeError) as error:
+        raise UserError(file, f"Accelerate does not take it ({error})", USE_OURS) from None
 
 
 def check_devices() -> None:

@@ -5,6 +5,7 @@ Whether its GPUs are there is tested in test_launchers.py.
 
 import argparse
 import contextlib
+import re
 import subprocess
 import sys
 
@@ -85,6 +86,17 @@ def test_what_accelerate_config_itself_writes_is_taken(check):
     dump |= {"same_network": True, "tpu_env": [], "tpu_use_cluster": False, "tpu_use_sudo": False}
     dump |= {"dynamo_config": {"dynamo_backend": "NO"}, "fp8_config": {}}
     assert check(**dump) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_proceses": 4}, r"had unknown keys \(\['num_proceses'\]\)"),
+        ({"distributed_type": "MULTI_GPUS"}, "'MULTI_GPUS' is not a valid DistributedType"),
+    ],
+)
+def test_what_accelerate_does_not_know_is_refused(check, changes, said):
+    assert re.match(f"Accelerate does not take it \\(.*{said}.*; {USE_OURS}$", check(**changes))
 
 
 @pytest.mark.parametrize("kind", ["NO", False])  # without quotes, YAML makes the latter of it
