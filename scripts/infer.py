@@ -276,8 +276,11 @@ def write_one(args) -> None:
         check_devices()
         prompt = make_prompt(source, base_folder, settings)
         accelerator, model = load(source, base_folder, prompt, decoding, args.ddp_timeout)
+        from modeling import check_ids
+
+        ids = prompt.encode(text).ids
+        check_ids(model, source["model"], max(ids))
         with accelerator.autocast():
-            ids = prompt.encode(text).ids
             [(_, title)] = write_batch(model, prompt, {0: ids}, decoding, too_large={})
         if title.stopped_by == "length":
             note(f"cut after {decoding.max_new_tokens} tokens, see --max_new_tokens")
@@ -293,6 +296,8 @@ def infer(args, columns, source, base_folder, prompt, decoding, record, stop, no
     from accelerate.utils import tqdm
 
     from decoding import choose_max_batch_tokens
+    from modeling import check_ids
+    from packing import padding_changes
 
     # ------------------------------------------------------------------ write titles
     articles, output_file = open_articles(args.input_file, columns, "test"), Path(args.output_file)
@@ -311,6 +316,11 @@ def infer(args, columns, source, base_folder, prompt, decoding, record, stop, no
         chosen = chosen or choose_max_batch_tokens(model, decoding.num_beams)
         chosen = torch.tensor([chosen], device=accelerator.device)
         record["max_batch_tokens"] = accelerator.gather(chosen).min().item()
+    most = record["max_batch_tokens"]
+    with accelerator.autocast():
+        if padding_changes(model):
+            note("it says something else of padded prompts; it reads them one by one")
+            most = 1
     if num_done:
         note(f"going on after {num_done:,} titles of an earlier run")
     stop.listen()
@@ -342,7 +352,8 @@ def infer(args, columns, source, base_folder, prompt, decoding, record, stop, no
                 continue
             chunk = articles[list(window)]
             prompts = [example.ids for example in prompt.encode_all(chunk["text"])]
-            batches = make_batches(prompts, decoding.room, record["max_batch_tokens"])
+            check_ids(model, source["model"], max(map(max, prompts)))
+            batches = make_batches(prompts, decoding.room, most)
             if args.engine == "continuous":  # all that is missing is one batch, of every process
                 left = [row for batch in batches for row in batch if not done[start + row]]
                 batches = [left[n::world_size] for n in range(world_size)]
@@ -359,9 +370,8 @@ def infer(args, columns, source, base_folder, prompt, decoding, record, stop, no
                     if args.engine == "batched":
                         titles = write_batch(model, prompt, batch, decoding, too_large)
                     else:
-                        names, most = chunk["id"], record["max_batch_tokens"]
                         titles = write_continuously(
-                            model, prompt, batch, decoding, names, most, stop.asked
+                            model, prompt, batch, decoding, chunk["id"], most, stop.asked
                         )
                     for row, title in titles:
                         if row in missing:

@@ -87,7 +87,7 @@ def load_base(
     except torch.OutOfMemoryError:  # no fault of the files
         raise
     # Files that do not fit each other are a ValueError or a RuntimeError of transformers.
-    except (OSError, SafetensorError, ValueError, ImportError, RuntimeError) as error:
+    except (OSError, SafetensorError, ValueError, ImportError, RuntimeError, KeyError) as error:
         raise UserError(
             folder, f"the model cannot be loaded ({first_line(error)})", "check its files"
         ) from None
@@ -101,10 +101,11 @@ def load_base(
         try:
             check_nf4(model, dtype)
         except RuntimeError as error:
-            if not quantized_before:
-                raise
-            problem = f"it was quantized before, in another way ({error})"
-            raise UserError(folder, problem, "give the model that it was made of") from None
+            problem, advice = "not all of it can be stored in NF4", "give --base_weights bf16"
+            if quantized_before:
+                problem = "it was quantized before, in another way"
+                advice = "give the model that it was made of"
+            raise UserError(folder, f"{problem} ({error})", advice) from None
         keep_gradients_on_cpu(model)
     model.requires_grad_(False)
     return model.eval()
@@ -182,6 +183,9 @@ def _check_layers(model, folder: str, nf4: bool, lora: bool) -> None:
         raise UserError(
             folder, f"its {kind} layers cannot be stored in 4 bits", "give --base_weights bf16"
         )
+    if nf4 and lora and hasattr(model.config.get_text_config(), "altup_coef_clip"):  # Gemma 3n
+        problem = "it clips a weight as it trains, which 4 bits do not allow"
+        raise UserError(folder, problem, "give --base_weights bf16")
     if nf4:
         plain = (torch.nn.Embedding, torch.nn.Linear)  # the head among them
         known = {id(p) for m in model.modules() if isinstance(m, plain) for p in m.parameters()}
@@ -207,6 +211,19 @@ def _check_positions(model, longest: int) -> None:
             f"--max_length {longest}", f"this base has positions for {most} tokens", "give fewer"
         )
     note(f"the base was made for {most:,} tokens; articles may have {longest:,} with their titles")
+
+
+def check_ids(model, folder: str, largest_id: int) -> None:
+    """Refuse ids of a tokenizer that the model has no embeddings for: a GPU would stop at them
+    without a word of the reason.
+
+    Raises:
+        UserError: as said.
+    """
+    rows = len(model.get_input_embeddings().weight)
+    if largest_id >= rows:
+        problem = f"its tokenizer gave the id {largest_id:,}, and it has embeddings for {rows:,}"
+        raise UserError(folder, problem, "use the tokenizer that it was trained with")
 
 
 def decoder_linears(model) -> dict[str, torch.nn.Module]:

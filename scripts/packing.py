@@ -13,12 +13,15 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from exit_codes import UserError
+from run_folder import first_line
 
 PACKED = "packed"  # its name among transformers' kinds of attention
 # Largest relative difference of bf16 logits between a packed row and separate rows: roundings of 32
 # random layers come to 0.03, wrong positions to 1.
 FAR = 0.2
 ROUNDING = 1e-5  # the same of fp32 logits, where nothing but the order of sums may change
+LEAKED = 0.01  # the same of bf16 logits of a row with one padding and with another
+NOT_MADE_FOR_IT = (ValueError, TypeError, RuntimeError, LookupError)  # what models raise then
 
 
 def packed_attention(module, query, key, value, attention_mask, **kwargs):
@@ -216,22 +219,16 @@ def use_packed_attention(model, longest: int) -> str | None:
     first, other, second = list(range(7, 17)), list(range(8, 18)), list(range(20, 30))
     before = model.config._attn_implementation
 
-    def logits(batch):
-        with torch.no_grad():
-            last = torch.tensor([batch["input_ids"].shape[1] - 1], device=model.device)
-            return model(**batch, use_cache=False, logits_to_keep=last).logits[-1, -1].float()
-
-    apart = logits({"input_ids": torch.tensor([first, second], device=model.device)})
+    apart = _must_read(model, {"input_ids": torch.tensor([first, second])})
     if not apart.isfinite().all():
         problem = "its logits are not finite: its weights are damaged, or too large for their type"
         raise UserError(model.config.name_or_path, problem, "check its files")
     why = "it has an attention of its own"  # under which a mask has the square of the row
     try:
         model.set_attn_implementation(PACKED)
-        rows = [pack([article, second], model.device) for article in (first, other)]
-        packed = [logits(row) for row in rows]
-        far = ((packed[0] - apart).norm() / apart.norm()).item()
-        leaked = ((packed[0] - packed[1]).norm() / packed[0].norm()).item()
+        rows = [pack([article, second], torch.device("cpu")) for article in (first, other)]
+        packed = [_last_logits(model, row) for row in rows]
+        far, leaked = _difference(packed[0], apart), _difference(packed[1], packed[0])
         if not leaked <= (ROUNDING if model.dtype == torch.float32 else 0.0):
             why = "its articles see each other"
         elif not far < FAR:
@@ -240,10 +237,68 @@ def use_packed_attention(model, longest: int) -> str | None:
             return None
     except torch.OutOfMemoryError:
         raise
-    except (ValueError, TypeError, RuntimeError, LookupError) as error:  # not made for it
+    except NOT_MADE_FOR_IT as error:
         why = " ".join(str(error).split())[:80] or type(error).__name__
     model.set_attn_implementation(before)
     return why
+
+
+def padding_changes(model) -> bool:
+    """Return whether a model that reads no packed rows says something else of an article that is
+    padded on the left: some read on over a mask, or count positions from the first column.
+
+    It is tried.
+
+    Raises:
+        UserError: the model does not go through.
+    """
+    if model.config.get_text_config()._attn_implementation == PACKED:
+        return False
+    long, short = list(range(4, 30)), list(range(20, 30))
+    columns = len(long) - len(short)
+    padding = torch.tensor([[1] * len(long), [0] * columns + [1] * len(short)])
+    positions = (padding.cumsum(1) - 1).clamp(min=0)
+
+    def padded_by(pad_id: int) -> torch.Tensor:
+        ids = torch.tensor([long, [pad_id] * columns + short])
+        batch = {"input_ids": ids, "attention_mask": padding, "position_ids": positions}
+        return _must_read(model, batch)
+
+    apart = _must_read(model, {"input_ids": torch.tensor([short, short])})
+    padded, otherwise = padded_by(0), padded_by(5)
+    most = ROUNDING if model.dtype == torch.float32 else LEAKED
+    return not (_difference(padded, apart) < FAR and _difference(otherwise, padded) <= most)
+
+
+def _must_read(model, batch: dict) -> torch.Tensor:
+    """Return what `_last_logits` does, or refuse the model."""
+    try:
+        return _last_logits(model, batch)
+    except torch.OutOfMemoryError:
+        raise
+    except NOT_MADE_FOR_IT as error:
+        problem = f"a few tokens do not go through it ({first_line(error)})"
+        raise UserError(model.config.name_or_path, problem, "use another base") from None
+
+
+def _last_logits(model, batch: dict) -> torch.Tensor:
+    """Return what a model says after a batch's last row, float32 [vocabulary].
+
+    Raises:
+        UserError: it has not said it of that column alone.
+    """
+    batch = send(batch, model.device)
+    last = torch.tensor([batch["input_ids"].shape[1] - 1], device=model.device)
+    with torch.no_grad():
+        logits = model(**batch, use_cache=False, logits_to_keep=last).logits
+    if logits.shape[1] != 1:
+        problem = "it gives logits of all tokens, where those of titles are asked for"
+        raise UserError(model.config.name_or_path, problem, "use another base")
+    return logits[-1, -1].float()
+
+
+def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
 
 
 def pack(articles: list[list[int]], device: torch.device) -> dict:

@@ -19,12 +19,12 @@ BASES = {
 def measure_lengths(prompt, articles) -> dict:
     """Return counts over all rows, in tokens and rows; from evenly spaced rows of large files.
 
-    `row_tokens` and `row_titles` are those of each row measured; `first_title_cut` is the index of
-    the first of them whose title is cut, or None.
+    `row_tokens` and `row_titles` are those of each row measured, `largest_id` that of all of them;
+    `first_title_cut` is the index of the first of them whose title is cut, or None.
     """
     rows = evenly_spaced(len(articles), CHECKED_EXACTLY)
     found = {"articles_cut": 0, "titles_cut": 0}
-    row_tokens, row_titles, first_title_cut = array("I"), array("I"), None
+    row_tokens, row_titles, first_title_cut, largest_id = array("I"), array("I"), None, 0
     for start in range(0, len(rows), 1000):
         indices = rows[start : start + 1000]
         chunk = articles[indices]
@@ -36,12 +36,14 @@ def measure_lengths(prompt, articles) -> dict:
             found["titles_cut"] += example.title_cut
             row_tokens.append(len(example.ids))
             row_titles.append(example.num_title_ids)
+            largest_id = max(largest_id, *example.ids)
     found |= {"tokens": sum(row_tokens), "title_tokens": sum(row_titles)}
     scale = len(articles) / len(rows)
     exact = len(rows) == len(articles)
     found = {name: count if exact else round(count * scale) for name, count in found.items()}
     found |= {"row_tokens": row_tokens, "row_titles": row_titles}
-    return found | {"first_title_cut": first_title_cut, "exact": exact}
+    found |= {"first_title_cut": first_title_cut, "largest_id": largest_id}
+    return found | {"exact": exact}
 
 
 def largest_micro_batch(

@@ -223,6 +223,7 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
     nf4 = args.base_weights != "bf16"
     skeleton = modeling.skeleton(str(base_folder), dtype, tell=True)  # the base without weights
     modeling.check_kind(skeleton, args.model_name_or_path, nf4, lora=True, longest=args.max_length)
+    modeling.check_ids(skeleton, args.model_name_or_path, lengths["largest_id"])
     if sharded:
         sharding.check_shardable(skeleton, base_folder)
     lora_config = LoraConfig(
@@ -295,6 +296,14 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
         if args.prompt_loss_weight:
             raise needs_packed_rows(why_not)
         unwrapped.set_attn_implementation(attention)
+        with accelerator.autocast():
+            alone = packing.padding_changes(unwrapped)
+        if alone and args.per_device_train_batch_size > 1:
+            raise UserError(
+                f"--per_device_train_batch_size {args.per_device_train_batch_size}",
+                f"{UNPACKED} ({why_not}), and says something else of padded ones",
+                "give 1, and --gradient_accumulation_steps instead",
+            )
         padding = f"{UNPACKED} ({why_not}); shorter articles of a micro-batch are padded"
         if not expected["padded"]:
             expected = expect(padded=True)
@@ -317,7 +326,9 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
     set_aside = checkpoints.set_later_ones_aside
     from_main_process(accelerator, set_aside, output_dir, state["completed_steps"], unfinished)
     from_main_process(accelerator, write_run, output_dir, run_config, prompt.tokenizer, state)
-    accelerator.init_trackers("manchette", tracked(args))
+    # What TensorBoard has of updates that a run which went back repeats is not shown.
+    purge = {"tensorboard": {"purge_step": state["completed_steps"] + 1}}
+    accelerator.init_trackers("manchette", tracked(args), init_kwargs=purge)
     if device.type == "cuda":
         print_once(f"{'loaded':10} {memory.describe_peak(device)}")
 
@@ -544,6 +555,8 @@ def evaluate(accelerator, model, make_batch, prompt, articles, args, state, stop
         sample = evenly_spaced(len(articles), args.num_eval_titles)
         rows = articles[sample[rank::world_size]]
         budget = args.per_device_train_batch_size * args.max_length  # no more than in training
+        if make_batch is batching.pad_left and args.per_device_train_batch_size == 1:
+            budget = 1  # one by one there, too: it may bear no padding
         generated = dict(
             generate_titles(
                 unwrapped, prompt, rows["text"], max_batch_tokens=budget, stop_asked=stop_asked

@@ -6,6 +6,7 @@ attention that is written out (eager). Run: python -m pytest tests/test_families
 
 import json
 import re
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -312,6 +313,72 @@ def test_falcon_goes_through_training_unquantized(news, tmp_path):
     assert check["relative_difference"] < 0.03
 
 
+def test_tokens_that_have_no_embedding_are_refused(tiny_model, news, tmp_path):
+    """A tokenizer that was extended, beside a model that was not."""
+    folder = shutil.copytree(tiny_model, tmp_path / "base")
+    tokenizer = load_tokenizer(str(folder))
+    rows = len(plain(folder).get_input_embeddings().weight)
+    assert tokenizer.add_tokens([f"<{n}>" for n in range(rows - len(tokenizer))] + ["Titre"])
+    tokenizer.save_pretrained(folder)
+    refused = f"{folder}: its tokenizer gave the id {rows}, and it has embeddings for {rows}; use"
+    files = ("--input_file", news / "test.csv", "--output_file", tmp_path / "titles.csv")
+    for arguments in (files, ("--text", "Un article.")):
+        with pytest.raises(UserError) as error:
+            call(infer.main, "--model_name_or_path", folder, *arguments)
+        assert str(error.value).startswith(refused)
+    with pytest.raises(UserError) as error:
+        call(train.main, *train_args(folder, news, tmp_path / "run"))
+    assert str(error.value).startswith(refused)
+
+
+def test_what_padding_changes_is_read_one_by_one(news, tmp_path, capsys):
+    """BART's decoder counts positions from the first column of a padded row."""
+    sizes = {"d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4, "is_decoder": True}
+    folder = save(Family("BartConfig", sizes | {"decoder_ffn_dim": 128}), tmp_path / "base")
+    run, more = tmp_path / "run", ("--max_train_steps", "1", "--mixed_precision", "no")
+    refused = r"--per_device_train_batch_size 4: .* says something else of padded ones; give 1, and"
+    with pytest.raises(UserError, match=refused):
+        call(train.main, *train_args(folder, news, run, *more))
+    call(train.main, *train_args(folder, news, run, *more, "--per_device_train_batch_size", "1"))
+    files = ("--run_dir", run, "--input_file", news / "test.csv")
+    call(infer.main, *files, "--output_file", tmp_path / "titles.csv")
+    assert "padded prompts; it reads them one by one" in capsys.readouterr().out
+    call(infer.main, *files, "--output_file", tmp_path / "one.csv", "--max_batch_tokens", "1")
+    assert read_csv(tmp_path / "titles.csv") == read_csv(tmp_path / "one.csv")
+
+
+G3N = LLAMA | BOTH | {"intermediate_size": [128, 256], "num_kv_shared_layers": 0}
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "message"),
+    [
+        (
+            "Gemma3nTextConfig",
+            G3N | {"head_dim": 16, "vocab_size_per_layer_input": 400, "laurel_rank": 8},
+            "it clips a weight as it trains, which 4 bits do not allow; give --base_weights bf16",
+        ),
+        (
+            "ZambaConfig",
+            SIZES
+            | {"num_hidden_layers": 6, "attn_layer_period": 3, "attn_layer_offset": 2}
+            | {"intermediate_size": 128, "n_mamba_heads": 2},
+            "not all of it can be stored in NF4 (model.layers.2.shared_transf",
+        ),
+        (
+            "RwkvConfig",
+            {"hidden_size": 64, "num_hidden_layers": 2},
+            "a few tokens do not go through it (",
+        ),
+    ],
+)
+def test_what_cannot_be_stored_in_4_bits_is_refused(config, settings, message, news, tmp_path):
+    folder = save(Family(config, settings), tmp_path / "base")
+    with pytest.raises(UserError) as error:
+        call(train.main, *train_args(folder, news, tmp_path / "run"))
+    assert str(error.value).startswith(f"{folder}: {message}")
+
+
 def test_more_tokens_than_learned_positions_are_refused(news, tmp_path, capsys):
     short = {"max_position_embeddings": 128}
     folder = save(FAMILIES["opt, learned positions"], tmp_path / "opt", **short)
@@ -362,9 +429,6 @@ def test_continuous_batching_refuses_layers_that_it_does_not_know(tmp_path, name
         pytest.skip("the engine of this release of transformers knows it")
     assert told.startswith("--engine continuous: ")
     assert "run the same command again" not in told
-
-
-G3N = LLAMA | BOTH | {"intermediate_size": [128, 256], "num_kv_shared_layers": 0}
 
 
 @pytest.mark.parametrize(

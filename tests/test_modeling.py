@@ -52,13 +52,13 @@ def test_a_config_that_is_not_what_it_says_is_caught(tiny_model, monkeypatch, wr
 
     config = BitsAndBytesConfig(load_in_4bit=True, **wrong)
     monkeypatch.setattr(modeling, "nf4_config", lambda *_: config)
-    with pytest.raises(RuntimeError, match="type, nested, compute dtype"):
+    with pytest.raises(UserError, match="type, nested, compute dtype"):
         modeling.load_base(str(tiny_model), CPU, torch.bfloat16, nf4=True)
 
 
 def test_a_model_that_was_not_quantized_is_caught(tiny_model, monkeypatch):
     monkeypatch.setattr(modeling, "nf4_config", lambda *_: None)
-    with pytest.raises(RuntimeError, match="not Linear4bit"):
+    with pytest.raises(UserError, match=r"stored in NF4 .*not Linear4bit.; give --base_weights bf"):
         modeling.load_base(str(tiny_model), CPU, torch.bfloat16, nf4=True)
 
 

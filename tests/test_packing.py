@@ -5,12 +5,14 @@ python -m pytest tests/test_packing.py
 The row is compared with its articles by themselves, through plain attention.
 """
 
+import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BartConfig,
     Gemma2Config,
     GPT2Config,
     GPTNeoXConfig,
@@ -21,12 +23,20 @@ from transformers import (
     Phi3Config,
     Qwen2Config,
     Qwen2MoeConfig,
+    RecurrentGemmaConfig,
+    RwkvConfig,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from batching import pack, pad_left
 from exit_codes import UserError
-from packing import PACKED, never_packed, packed_attention, use_packed_attention
+from packing import (
+    PACKED,
+    never_packed,
+    packed_attention,
+    padding_changes,
+    use_packed_attention,
+)
 from prompting import Example
 from train import title_loss
 
@@ -53,11 +63,12 @@ MODELS = {
         embd_pdrop=0.0,
     ),
 }
+MAMBA = MambaConfig(vocab_size=99, num_hidden_layers=2, hidden_size=32, state_size=4)
 
 
 def make(config):
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    return AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()  # it notes the attention
 
 
 def examples():
@@ -170,14 +181,13 @@ def test_a_mask_of_the_models_own_is_not_lost():
 @pytest.mark.parametrize(
     "config",
     [
-        MambaConfig(vocab_size=99, num_hidden_layers=2, hidden_size=32, state_size=4),
+        MAMBA,
         Gemma2Config(**GROUPED, head_dim=8),  # whose soft caps sdpa does not know
     ],
     ids=lambda config: config.model_type,
 )
 def test_a_model_that_cannot_is_found_out_and_left_as_it_was(config):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = make(config)
     before = model.config._attn_implementation
     assert use_packed_attention(model, 64)
     assert model.config._attn_implementation == before
@@ -208,6 +218,43 @@ def test_a_model_that_goes_on_counting_positions_is_found_out(monkeypatch):
 
     monkeypatch.setattr(model, "forward", forgetful)
     assert "something else of articles in one row" in use_packed_attention(model, 64)
+
+
+# ---------------------------------------------------------------------- padded rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", [*MODELS.values(), MAMBA], ids=lambda config: config.model_type)
+def test_padding_changes_nothing_where_masks_are_heeded(config, dtype):
+    assert not padding_changes(make(config).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "config",
+    [
+        RwkvConfig(vocab_size=99, num_hidden_layers=2, hidden_size=32),  # reads on
+        RecurrentGemmaConfig(**GROUPED | {"num_hidden_layers": 3}, attention_window_size=16),
+        BartConfig(vocab_size=99, d_model=32, decoder_layers=2, is_decoder=True),  # counts on
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_padding_that_changes_what_a_model_says_is_found_out(config, dtype):
+    model = make(config).to(dtype)
+    assert use_packed_attention(model, 64)
+    assert padding_changes(model)
+
+
+def test_models_that_few_tokens_do_not_go_through_are_refused(monkeypatch):
+    model = make(MODELS["llama"])
+    monkeypatch.setattr(model, "forward", None)
+    with pytest.raises(UserError, match=r"a few tokens do not go through it .*; use another base"):
+        use_packed_attention(model, 64)
+    model = make(MODELS["llama"])
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda *args, logits_to_keep, **kw: forward(*args, **kw))
+    with pytest.raises(UserError, match="it gives logits of all tokens, where those of titles"):
+        padding_changes(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

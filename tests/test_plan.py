@@ -37,6 +37,7 @@ def test_lengths_are_counted_exactly():
         "row_tokens": array("I", [len(example.ids) for example in examples]),
         "row_titles": array("I", [example.num_title_ids for example in examples]),
         "first_title_cut": next(i for i, example in enumerate(examples) if example.title_cut),
+        "largest_id": max(max(example.ids) for example in examples),
         "exact": True,
     }
     assert any(example.article_cut for example in examples)

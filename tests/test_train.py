@@ -932,6 +932,17 @@ def test_tensorboard_gets_figures_and_titles_at_each_evaluation(tiny_model, news
         assert [event.step for event in read.Scalars(figure)] == [1, 2]
 
 
+def test_tensorboard_forgets_updates_that_are_repeated(tiny_model, news, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    more = ("--report_to", "tensorboard", "--max_train_steps", "3", "--checkpointing_steps", "1")
+    call(train.main, *train_args(tiny_model, news, tmp_path / "run", *more))
+    back = ("--resume_from_checkpoint", tmp_path / "run/checkpoints/step-000001")
+    call(train.main, *train_args(tiny_model, news, tmp_path / "run", *more, *back))
+    read = events.EventAccumulator(str(tmp_path / "run/trackers/manchette")).Reload()
+    for figure in ("loss", "eval_loss"):
+        assert [event.step for event in read.Scalars(figure)] == [1, 2, 3]
+
+
 def test_without_validation_the_last_state_is_kept(tiny_model, news, tmp_path):
     run_dir = tmp_path / "run"
     args = train_args(tiny_model, news, run_dir)
