@@ -4,9 +4,8 @@
 
 `accelerate launch` answers a broken config with a traceback, and trains on the CPU where a GPU is
 asked for and missing, several processes without knowing of each other. The launchers ask here
-first; train.py and infer.py ask `check_devices`, whoever started them. In a SLURM job of several
-nodes, or with some cores of a machine, what is printed are the options that make the config one
-for these.
+first; train.py and infer.py ask `check_devices`, whoever started them. What is printed are options
+that go with the config: the nodes of a SLURM job of several, the threads of processes on CPUs.
 """
 
 import math
@@ -82,21 +81,20 @@ def main(argv=None):
     options = []
     if nodes > 1:
         options += [f"--num_machines {nodes} --num_processes {processes // machines * nodes}"]
-    if config.get("use_cpu") and "OMP_NUM_THREADS" not in os.environ and (cores := _own_cores()):
-        options += [f"--num_cpu_threads_per_process {max(1, cores * machines // processes)}"]
+    if config.get("use_cpu") and "OMP_NUM_THREADS" not in os.environ:
+        threads = max(1, _whole_cores() * machines // processes)
+        options += [f"--num_cpu_threads_per_process {threads}"]
     if options:
         print(*options)
 
 
-def _own_cores() -> int | None:
-    """Return how many whole cores this process may use, if those are not all of the machine, for
-    which Accelerate would start its threads."""
+def _whole_cores() -> int:
+    """Return how many whole cores this process may use. (Accelerate would start threads for all of
+    the machine, and say so each time.)"""
     import psutil
 
-    logical, allowed = os.cpu_count() or 1, num_cores()
-    if allowed >= logical:
-        return None
-    return allowed * (psutil.cpu_count(logical=False) or logical) // logical
+    logical = os.cpu_count() or 1
+    return num_cores() * (psutil.cpu_count(logical=False) or logical) // logical
 
 
 def num_cores() -> int:
