@@ -8,7 +8,8 @@ from batching import ARTICLE_LABELS, MicroBatchSize, epoch_order, split_update
 from memory import WAYS
 
 CHECKED_EXACTLY = 25_000  # rows; of larger files, lengths are told from no more than that
-PACE = 5  # updates, after a first one, from whose pace the time is told
+SETTLING = 5  # updates that take longer: memory is new, and so are kernels for their lengths
+PACE = 5  # updates after these, from whose pace the time is told
 BASES = {
     "nf4": "in NF4 with double quantization",
     "nf4-bf16": "dequantized once from NF4 with double quantization",

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from exit_codes import UserError
 from libraries import quick_imports
-from run_folder import OWN_FILES_ONLY, first_line
+from run_folder import CHAT_TEMPLATE, OWN_FILES_ONLY, TOKENIZER_FILES, first_line
 
 PROMPTS = Path(__file__).resolve().parent.parent / "prompts"
 ARTICLE = "{article}"
@@ -327,6 +327,9 @@ def load_tokenizer(folder: str):
     It is loaded before the libraries of a model are imported: what is wrong with it, or with the
     length of a prompt, is then told in half the time.
     """
+    known = set(TOKENIZER_FILES) - {"special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE}
+    if not any(Path(folder, name).is_file() for name in known):
+        raise UserError(folder, "no tokenizer in this folder", "add its files")
     with quick_imports():
         from transformers import AutoTokenizer
 

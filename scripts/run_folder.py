@@ -40,9 +40,10 @@ PROMPT_SETTINGS |= {"max_length": int, "max_title_tokens": int}
 # that a model brings, and takes a "y" that was meant for something else.
 OWN_FILES_ONLY = {"trust_remote_code": False, "local_files_only": True}
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
+CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 TOKENIZER_FILES += ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
-TOKENIZER_FILES += ("chat_template.jinja", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
+TOKENIZER_FILES += (CHAT_TEMPLATE, "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 GENERATION_CONFIG = "generation_config.json"
 SAMPLED_BYTES = 1 << 20  # of each weight file that go into its fingerprint
 

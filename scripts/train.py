@@ -445,8 +445,8 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
         )
         progress_bar.update()
         recent.append(metrics)
-        # The first update, which is slower, does not count.
-        if step == first_step + plan.PACE and step + 1 < num_training_steps:
+        settled = step + 1 == first_step + plan.SETTLING + plan.PACE
+        if settled and step + 1 < num_training_steps:
             print_once(plan.describe_time(recent, lengths, step + 1, schedule))
         state["completed_steps"] = step + 1
         state["skipped_in_a_row"] = 0 if finite else state["skipped_in_a_row"] + 1

@@ -405,9 +405,8 @@ MODELS = {
         files={"model/config.json": "{"},
     ),
     "no tokenizer": train(
-        "error: model: no usable tokenizer (…); add its files",
+        "error: model: no tokenizer in this folder; add its files",
         files={"model/tokenizer.json": None, "model/tokenizer_config.json": None},
-        needs="tokenizer",
     ),
     "tokenizer that loses French": train(
         f"error: model: its tokenizer turns {PROBE!r} into {PROBE.lower()!r}; check "

@@ -337,9 +337,12 @@ def test_truncated_weights_and_missing_tokenizers_are_told_in_one_line(tiny_mode
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match="the model cannot be loaded"):
         modeling.load_base(str(folder), CPU, torch.bfloat16, nf4=True)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"no usable tokenizer \(.*; add its files"):
+        load_tokenizer(str(folder))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
-    with pytest.raises(UserError, match="no usable tokenizer"):
+    with pytest.raises(UserError, match="no tokenizer in this folder; add its files"):
         load_tokenizer(str(folder))
 
 

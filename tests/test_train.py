@@ -881,11 +881,11 @@ def test_the_plan_comes_before_anything_is_loaded(plan):
     assert "GiB expected at the peak" in plan()
 
 
-def test_the_time_to_come_is_told_after_six_updates(tiny_model, news, tmp_path, capsys):
+def test_the_time_to_come_is_told_after_ten_updates(tiny_model, news, tmp_path, capsys):
     more = ("--per_device_train_batch_size", "1", "--num_train_epochs", "1")
     call(train.main, *train_args(tiny_model, news, tmp_path / "run", *more))
     told = re.findall(r"about \d+ s for the (\d+) updates to come", capsys.readouterr().out)
-    assert told == [str(11 - 6)]
+    assert told == [str(11 - 10)]
 
 
 def test_the_record_has_the_memory_that_was_expected_and_taken(trained):
