@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The report's other steps: titles without fine-tuning, with it, merge, titles merged, a report.
+# Titles without fine-tuning, with it, by the merged model, and a page that compares them.
 #   bash run_infer.sh                        the demo, after bash run_train.sh; about 1 minute
 #   MODEL=... RUN_DIR=... INPUT_FILE=... OUTPUT_DIR=... bash run_infer.sh      (more: --help)
 #   sbatch [--nodes 2] run_infer.sh          the same under SLURM; edit the lines below first
@@ -17,8 +17,10 @@
 
 # --- Settings: edit here, or set them in the environment ---
 set -euo pipefail
+refuse() { echo "error: $1" >&2; exit 2; }
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 [ -f scripts/train.py ] || cd "${SLURM_SUBMIT_DIR:-.}"  # sbatch runs a copy that lies elsewhere
+[ -f scripts/train.py ] || refuse "$PWD: not the repository; submit the job from its root"
 [[ ! " $* " =~ " --help "|" -h " ]] || PATH=".venv/bin:$PATH" exec python3 scripts/infer.py --help
 ACCELERATE_CONFIG="${ACCELERATE_CONFIG:-accelerate_configs/cpu.yaml}"  # the machine
 DEMO="${DEMO:-demo}"                          # folder of the demo
@@ -29,8 +31,6 @@ INPUT_FILE="${INPUT_FILE:-}"                  # articles
 REFERENCES="${REFERENCES:-}"                  # their true titles; empty: a report without scores
 OUTPUT_DIR="${OUTPUT_DIR:-}"                  # where titles, merged model and scores go
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-0}"  # 1 on nodes without a network
-
-refuse() { echo "error: $1" >&2; exit 2; }
 if [ "$MODEL" = "$DEMO/model" ]; then  # lengths as in its training, for the base too
   [ -z "$INPUT_FILE$REFERENCES" ] || refuse "MODEL: the demo's, which has its own files; set yours"
   INPUT_FILE="$DEMO/test.csv" REFERENCES="$DEMO/test_titles.csv"
@@ -44,7 +44,7 @@ for name in RUN_DIR INPUT_FILE OUTPUT_DIR; do
 # --- Environment: an active one, else .venv; SETUP=0 leaves it alone ---
 source scripts/setup.sh requirements.txt
 source scripts/launch.sh
-PROCESSES="$(python scripts/machine.py --config_file "$ACCELERATE_CONFIG")"  # or a complaint
+OPTIONS="$(python scripts/machine.py --config_file "$ACCELERATE_CONFIG")"  # or a complaint
 
 # --- Infer, merge, infer merged, score ---
 infer() { launch scripts/infer.py --input_file "$INPUT_FILE" --output_file "$OUTPUT_DIR/$@"; }

@@ -17,8 +17,10 @@
 
 # --- Settings: edit here, or set them in the environment ---
 set -euo pipefail
+refuse() { echo "error: $1" >&2; exit 2; }
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 [ -f scripts/train.py ] || cd "${SLURM_SUBMIT_DIR:-.}"  # sbatch runs a copy that lies elsewhere
+[ -f scripts/train.py ] || refuse "$PWD: not the repository; submit the job from its root"
 [[ ! " $* " =~ " --help "|" -h " ]] || PATH=".venv/bin:$PATH" exec python3 scripts/train.py --help
 ACCELERATE_CONFIG="${ACCELERATE_CONFIG:-accelerate_configs/cpu.yaml}"  # the machine
 DEMO="${DEMO:-demo}"                      # folder of the demo
@@ -29,7 +31,6 @@ PROMPT_FILE="${PROMPT_FILE:-prompts/fr.txt}"
 RUN_DIR="${RUN_DIR:-}"                    # where the run goes
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-0}"  # 1 on nodes without a network
 
-refuse() { echo "error: $1" >&2; exit 2; }
 if [ "$MODEL" = "$DEMO/model" ]; then  # a small model learns faster; CPUs are slow to draw dropout
   [ -z "$TRAIN_FILE$VALIDATION_FILE" ] ||
     refuse "MODEL: the demo's, which has its own files; set yours"
@@ -45,7 +46,7 @@ for name in TRAIN_FILE RUN_DIR; do
 # --- Environment: an active one, else .venv; SETUP=0 leaves it alone ---
 source scripts/setup.sh requirements.txt
 source scripts/launch.sh
-PROCESSES="$(python scripts/machine.py --config_file "$ACCELERATE_CONFIG")"  # or a complaint
+OPTIONS="$(python scripts/machine.py --config_file "$ACCELERATE_CONFIG")"  # or a complaint
 
 # --- Train ---
 [ "$MODEL" != "$DEMO/model" ] || step python scripts/make_demo.py --output_dir "$DEMO"

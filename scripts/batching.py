@@ -52,7 +52,7 @@ def learn_articles_too(examples: list[Example], weight: float, seed: int, step: 
     """
     generator, drawn = torch.Generator().manual_seed(seed * 1_000_003 + step), []
     for example in examples:
-        places = [place for place in example.article if place > 0]  # nothing says the very first
+        places = [place for place in example.article if place > 0]  # nothing predicts the first id
         chosen = torch.randperm(len(places), generator=generator)[:ARTICLE_LABELS].sort().values
         each = weight * len(places) / max(1, len(chosen))
         labels = tuple(places[index] for index in chosen.tolist())
@@ -97,12 +97,12 @@ def pack(examples: list[Example], device: torch.device) -> dict:
     a pad id, which may well be the EOS that the model has to learn.
 
     Returns:
-        `packing.pack` of the ids; `logits_to_keep` and `labels`, int64 [title tokens]: indices in
-        the row, and the tokens that come after them. Where tokens of articles are learnt too, they
-        are among them; `weights`, float32 of that shape, says how much each label counts, and
-        `of_titles`, bool, which are a title's.
+        `packing.packed_row` of the ids; `logits_to_keep` and `labels`, int64 [title tokens]:
+        indices in the row, and the tokens that come after them. Where tokens of articles are learnt
+        too, they are among them; `weights`, float32 of that shape, says how much each label counts,
+        and `of_titles`, bool, which are a title's.
     """
-    row = packing.pack([example.ids for example in examples], torch.device("cpu"))
+    row = packing.packed_row([example.ids for example in examples], torch.device("cpu"))
     keep, labels, weights, of_titles, start = [], [], [], [], 0
     for example in examples:
         places = [*example.article_labels, *range(example.num_prompt_ids, len(example.ids))]

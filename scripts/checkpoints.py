@@ -223,7 +223,7 @@ def set_later_ones_aside(output_dir: Path, completed_steps: int, unfinished: boo
     Raises:
         UserError: the folder cannot be written.
     """
-    later_ones = [p for p in _checkpoints(output_dir) if int(p.name[5:]) > completed_steps]
+    later_ones = [p for p in _checkpoints(output_dir) if _step(p) > completed_steps]
     if unfinished and (adapter := output_dir / ADAPTER_WEIGHTS).exists():
         later_ones.append(adapter)
     for later in later_ones:
@@ -275,7 +275,7 @@ def save_what_is_left(
     missing = not checkpoint_folder(output_dir, completed).exists()
     if missing and not sharded and completed > first_step:
         save_checkpoint(output_dir, model, optimizer, state)
-    newest = max((int(path.name[5:]) for path in _checkpoints(output_dir)), default=0)
+    newest = max(map(_step, _checkpoints(output_dir)), default=0)
     return f"after update {newest:,}" if newest > first_step else None
 
 
@@ -325,7 +325,11 @@ def save_adapter(model, state: dict, peak: int | None, output_dir: Path) -> None
 def _checkpoints(output_dir: Path) -> list[Path]:
     """Return the folders of complete checkpoints, oldest first."""
     folders = (output_dir / "checkpoints").glob("step-*")
-    return sorted((p for p in folders if p.name[5:].isdecimal()), key=lambda p: int(p.name[5:]))
+    return sorted((p for p in folders if p.name.removeprefix("step-").isdecimal()), key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _differences(recorded: dict, current: dict) -> list[str]:

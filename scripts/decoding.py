@@ -337,7 +337,7 @@ def prefill(model, prompts: list[list[int]], room: int) -> DynamicCache:
                 break
             together.append(candidate)
         cache = DynamicCache(config=config)
-        packed = packing.pack(together, model.device)
+        packed = packing.packed_row(together, model.device)
         model(**packed, use_cache=True, logits_to_keep=1, **{cache_name(model): cache})
         for layer, target in zip(cache.layers, whole.layers, strict=True):
             read = layer.keys, layer.values

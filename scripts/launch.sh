@@ -98,5 +98,5 @@ accelerated() {
   trap '' TERM INT USR1 HUP
   exec "${ON_NODES[@]}" bash -c "trap '' TERM INT USR1 HUP  # srun does not hand that on
     exec accelerate launch --quiet --config_file \"\$ACCELERATE_CONFIG\" $RANK_OF_NODE \"\$@\"" \
-    - $PROCESSES "${RENDEZVOUS[@]}" "$@"
+    - $OPTIONS "${RENDEZVOUS[@]}" "$@"
 }

@@ -70,8 +70,9 @@ def main(argv=None):
     nodes = num_nodes()
     if nodes > 1 and machines == 1:
         problem = f"the config is for one machine and the job has {nodes} nodes"
-        whole = config["distributed_type"] != "FSDP"  # the model, on each GPU of the other config
-        other = "accelerate_configs/multi_node.yaml, or " if whole else ""
+        # FSDP is for one machine; in the other config each GPU has the whole model.
+        fsdp = config["distributed_type"] == "FSDP"
+        other = "" if fsdp else "accelerate_configs/multi_node.yaml, or "
         raise UserError(file, problem, f"use {other}one node")
     if nodes == 1 and machines > 1:
         problem = f"the config is for {machines} machines and there is one"
@@ -179,8 +180,8 @@ def check_devices() -> None:
         return
     # Set by torchrun, and so by a launch of several. Without GPUs, each would take itself for the
     # only process, and all would write to the same folder.
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 0))
-    if wanted := processes or int(use_cpu != ""):
+    on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 0))
+    if wanted := on_this_machine or int(use_cpu != ""):
         check_gpus("accelerate launch", wanted)
     if wanted > 1 and SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free < 1 << 20:
         raise UserError(

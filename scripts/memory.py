@@ -56,7 +56,7 @@ def plan_memory(
         room: bytes that there were for all of it; None: those that there are now.
 
     Returns:
-        `shards`: as given.
+        `device`: its type; `shards`: as given.
         `checkpointed_every`: N for every Nth layer, 0 for none; as asked for, or the least with
         which the expected peak fits into nine tenths of the memory that nobody else has.
         `estimate`: the peak expected of each of WAYS, in bytes, None where the model does not go
@@ -164,8 +164,8 @@ def _peak_in_use(model, args, kind: str, size: MicroBatchSize, shards: int) -> i
 
     Without gradients, which are given away as soon as they exist, where there are `shards`.
     """
-    tokens, labels, rows = size.tokens, size.labels, size.padded_rows or 1
-    examples = [Example([0] * (tokens // rows), (tokens - labels) // rows, False)] * rows
+    rows, num_prompt_ids = size.padded_rows or 1, size.tokens - size.labels
+    examples = [Example([0] * (size.tokens // rows), num_prompt_ids // rows, False)] * rows
     batch = (pad_left if size.padded_rows else pack)(examples, torch.device("cpu"))
     with FakeTensorMode(allow_non_fake_inputs=True):  # those on meta, until they are moved
         model.to_empty(device=kind)

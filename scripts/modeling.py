@@ -35,10 +35,11 @@ from run_folder import (
 )
 
 # The first is said by plan.py in its own words, the second by PEFT of PEFT's own calls, the third
-# where a base has moved; that it is the right one, its fingerprint has told.
+# by torch 2.13 of DDP's, the last where a base has moved; that it is the right one, its fingerprint
+# has told.
 warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated")
-warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated")  # by torch 2.13
+warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated")
 warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path` was renamed")
 if not sys.stderr.isatty():  # in a log, the bar of loading would stand before a complaint
     logging.disable_progress_bar()

@@ -2,6 +2,11 @@
 
 A packed row computes nothing for padding. Articles are kept apart by their lengths, which reach
 every layer as keyword arguments; there is no mask, whose size is the square of the row's.
+
+A model that reads packed rows attends by `packed_attention` when it writes too: then without their
+lengths, for one new token of each sequence, by `attention_of_one_token` on a CPU and
+`attention_of_continuations` where several titles of an article share what was read. Training needs
+neither of the two.
 """
 
 import itertools
@@ -226,7 +231,7 @@ def use_packed_attention(model, longest: int) -> str | None:
     why = "it has an attention of its own"  # under which a mask has the square of the row
     try:
         model.set_attn_implementation(PACKED)
-        rows = [pack([article, second], torch.device("cpu")) for article in (first, other)]
+        rows = [packed_row([article, second], torch.device("cpu")) for article in (first, other)]
         packed = [_last_logits(model, row) for row in rows]
         far, leaked = _difference(packed[0], apart), _difference(packed[1], packed[0])
         if not leaked <= (ROUNDING if model.dtype == torch.float32 else 0.0):
@@ -301,7 +306,7 @@ def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
 
-def pack(articles: list[list[int]], device: torch.device) -> dict:
+def packed_row(articles: list[list[int]], device: torch.device) -> dict:
     """Return the arguments of a model for the ids of articles in one packed row.
 
     Returns:

@@ -161,9 +161,11 @@ def describe_time(recent, lengths: dict, step: int, schedule) -> str:
     pace = sum(row["tokens"] for row in recent) / sum(row["seconds"] for row in recent)
     # By tokens, for articles differ; an epoch that is left early has its share of them.
     tokens = lengths["tokens"] * (updates - step) / updates_per_epoch
-    minutes = round(tokens / pace / 60)
-    hours = f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{tokens / pace:.0f} s"
+    seconds = tokens / pace
+    minutes = round(seconds / 60)
+    duration = f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+    duration = f"{seconds:.0f} s" if minutes < 10 else duration
     return (
-        f"{'time':10} about {hours} for the {updates - step:,} updates to come, evaluations apart "
-        f"({pace:,.0f} tokens/s in the last {len(recent)})"
+        f"{'time':10} about {duration} for the {updates - step:,} updates to come, evaluations "
+        f"apart ({pace:,.0f} tokens/s in the last {len(recent)})"
     )

@@ -18,7 +18,16 @@ from pathlib import Path
 
 import sharding
 from articles import Columns, check_articles, evenly_spaced, open_articles
-from exit_codes import STOPPED, ArgumentParser, UserError, keep_group, note, printable, run
+from exit_codes import (
+    STOPPED,
+    ArgumentParser,
+    LoneError,
+    UserError,
+    keep_group,
+    note,
+    printable,
+    run,
+)
 from hub import check_hub, push
 from hygiene import Survey, report_rows, report_titles
 from libraries import quick_imports
@@ -31,6 +40,7 @@ from run_folder import (
     check_model_folder,
     check_output_dir,
     check_tracker,
+    first_line,
     locked,
     log_metrics,
     log_titles,
@@ -43,6 +53,10 @@ from stopping import StopRequest
 LOGGED_TITLES = 16  # of each evaluation, that a tracker is given as text
 MAX_SKIPPED_IN_A_ROW = 5  # updates whose gradient is not finite, before the run gives up
 UNPACKED = "this model takes no packed rows"
+LESS_MEMORY = (
+    "give --activation_checkpointing full, or less --per_device_train_batch_size and as much more "
+    "--gradient_accumulation_steps; --resume_from_checkpoint latest goes on"
+)
 
 WEIGHTS_HELP = "QLoRA; the same, dequantized once: faster, larger; plain LoRA"
 COOLDOWN_HELP = "share of the updates, the last ones, over which it falls to 0"
@@ -155,7 +169,14 @@ def main(argv=None):
     ):
         if not args.resume_from_checkpoint:  # again: another run may have come and gone since
             check_output_dir(args.output_dir)
-        return train(args, columns, base_folder, prompt, checked, surveys, stop, nodes)
+        try:
+            return train(args, columns, base_folder, prompt, checked, surveys, stop, nodes)
+        except RuntimeError as error:  # as torch.OutOfMemoryError is, too
+            from decoding import is_out_of_memory
+
+            if not is_out_of_memory(error):
+                raise
+            raise LoneError("memory", f"not enough ({first_line(error)})", LESS_MEMORY) from None
 
 
 def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
@@ -164,7 +185,7 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
     with quick_imports():
         import torch
         from accelerate import Accelerator
-        from accelerate.utils import broadcast_object_list, gather_object, set_seed, tqdm
+        from accelerate.utils import broadcast_object_list, set_seed, tqdm
         from bitsandbytes.optim import PagedAdamW32bit
         from peft import LoraConfig, get_peft_model
         from torch.optim import AdamW
@@ -286,24 +307,8 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
                 accelerator.ddp_handler.find_unused_parameters = modeling.leaves_unused(model)
         model, optimizer = accelerator.prepare(model, adamw)
     unwrapped = accelerator.unwrap_model(model)
-    attention = unwrapped.config._attn_implementation
-    with accelerator.autocast():
-        why_not = packing.use_packed_attention(unwrapped.eval(), args.max_length)
-    reasons = gather_object([why_not])  # all pack, or none: another GPU may have other kernels
-    why_not = next((reason for reason in reasons if reason), None)
-    make_batch = batching.pad_left if why_not else batching.pack
+    make_batch, why_not = choose_rows(accelerator, unwrapped, args)
     if why_not:
-        if args.prompt_loss_weight:
-            raise needs_packed_rows(why_not)
-        unwrapped.set_attn_implementation(attention)
-        with accelerator.autocast():
-            alone = packing.padding_changes(unwrapped)
-        if alone and args.per_device_train_batch_size > 1:
-            raise UserError(
-                f"--per_device_train_batch_size {args.per_device_train_batch_size}",
-                f"{UNPACKED} ({why_not}), and says something else of padded ones",
-                "give 1, and --gradient_accumulation_steps instead",
-            )
         padding = f"{UNPACKED} ({why_not}); shorter articles of a micro-batch are padded"
         if not expected["padded"]:
             expected = expect(padded=True)
@@ -488,6 +493,39 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
     if args.push_to_hub and accelerator.is_main_process:
         push(args.output_dir, args.push_to_hub)
     return None
+
+
+def choose_rows(accelerator, model, args):
+    """Return how a micro-batch is made, by `batching.pack` or `batching.pad_left`, and what speaks
+    against the former, or None. Both are tried; all processes decide alike.
+
+    Raises:
+        UserError: rows can only be padded, and `args` asks for what that does not allow.
+    """
+    from accelerate.utils import gather_object
+
+    import batching
+    import packing
+
+    attention = model.config._attn_implementation
+    with accelerator.autocast():
+        why_not = packing.use_packed_attention(model.eval(), args.max_length)
+    reasons = gather_object([why_not])  # all pack, or none: another GPU may have other kernels
+    why_not = next((reason for reason in reasons if reason), None)
+    if why_not is None:
+        return batching.pack, None
+    if args.prompt_loss_weight:
+        raise needs_packed_rows(why_not)
+    model.set_attn_implementation(attention)
+    with accelerator.autocast():
+        alone = packing.padding_changes(model)
+    if alone and args.per_device_train_batch_size > 1:
+        raise UserError(
+            f"--per_device_train_batch_size {args.per_device_train_batch_size}",
+            f"{UNPACKED} ({why_not}), and says something else of padded ones",
+            "give 1, and --gradient_accumulation_steps instead",
+        )
+    return batching.pad_left, why_not
 
 
 def needs_packed_rows(why_not: str) -> UserError:

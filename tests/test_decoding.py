@@ -69,7 +69,9 @@ def test_prompts_are_read_in_rows_of_bounded_length(loaded, monkeypatch):
     model, prompts, ends, expected = loaded
     monkeypatch.setattr(decoding, "PREFILL_TOKENS", 150)
     rows = []
-    monkeypatch.setattr(packing, "pack", lambda p, d, f=packing.pack: rows.append(p) or f(p, d))
+    monkeypatch.setattr(
+        packing, "packed_row", lambda p, d, f=packing.packed_row: rows.append(p) or f(p, d)
+    )
     assert decoding.generate_ids(model, prompts, ends, LIMIT) == expected
     if model.config._attn_implementation == packing.PACKED:
         assert 1 < len(rows) < len(prompts)

@@ -1,4 +1,4 @@
-"""Full disks, read-only folders, gradients that are not finite: a clear line, and nothing lost.
+"""Full disks or memory, read-only folders, infinite gradients: a clear line, and nothing lost.
 
 python -m pytest tests/test_faults.py
 """
@@ -271,3 +271,32 @@ def test_a_loss_that_is_not_finite_is_enough(losses_from, tiny_model, news, tmp_
     assert [row["skipped"] for row in rows] == [False, True, False]
     assert rows[1]["loss"] is None
     assert rows[1]["grad_norm"] > 0
+
+
+# ---------------------------------------------------------------------- full memory
+
+
+def test_a_memory_that_fills_up_in_an_update_is_one_line(tiny_model, news, tmp_path, monkeypatch):
+    original, calls = train.title_loss, []
+
+    def title_loss(model, batch):
+        calls.append(1)
+        if len(calls) > 2:  # in the second update
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
+        return original(model, batch)
+
+    monkeypatch.setattr(train, "title_loss", title_loss)
+    args = train_args(tiny_model, news, tmp_path / "run")
+    with pytest.raises(UserError) as error:
+        call(train.main, *args)
+    assert str(error.value) == (
+        "memory: not enough (CUDA out of memory. Tried to allocate 2.00 GiB.); give "
+        "--activation_checkpointing full, or less --per_device_train_batch_size and as much more "
+        "--gradient_accumulation_steps; --resume_from_checkpoint latest goes on"
+    )
+    # As it says, with the same articles in an update.
+    monkeypatch.setattr(train, "title_loss", original)
+    split = ("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4")
+    more = (*split, "--activation_checkpointing", "full", "--resume_from_checkpoint", "latest")
+    assert call(train.main, *args, *more) is None
+    assert [row["step"] for row in updates(tmp_path / "run")] == list(range(1, 7))

@@ -264,6 +264,12 @@ def test_runs_as_the_copy_that_sbatch_spools(launch, launcher, tmp_path):
     shutil.copy(ROOT / launcher, spooled)
     calls, _ = launch(spooled, cwd=tmp_path, SLURM_SUBMIT_DIR=str(ROOT), **REAL)
     assert calls
+    # And submitted from elsewhere, it says so.
+    elsewhere = os.environ | {"SLURM_SUBMIT_DIR": str(tmp_path)}
+    done = subprocess.run(["bash", spooled], env=elsewhere, capture_output=True, text=True)
+    assert done.returncode == 2
+    line = f"error: {tmp_path}: not the repository; submit the job from its root\n"
+    assert (done.stdout, done.stderr) == ("", line)
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)

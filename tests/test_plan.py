@@ -111,5 +111,7 @@ def test_the_time_to_come_goes_by_tokens():
     told = plan.describe_time(recent, {"tokens": 5000}, 6, (20, 10, 1, 0))
     assert "about 70 s for the 14 updates to come" in told
     assert "(100 tokens/s in the last 2)" in told
+    told = plan.describe_time(recent, {"tokens": 200_000}, 6, (20, 10, 1, 0))
+    assert "about 47 min for" in told
     told = plan.describe_time(recent, {"tokens": 5_000_000}, 6, (20, 10, 1, 0))
     assert "about 19 h 27 min for" in told
