@@ -316,11 +316,8 @@ def infer(args, columns, source, base_folder, prompt, decoding, record, stop, no
         chosen = chosen or choose_max_batch_tokens(model, decoding.num_beams)
         chosen = torch.tensor([chosen], device=accelerator.device)
         record["max_batch_tokens"] = accelerator.gather(chosen).min().item()
-    most = record["max_batch_tokens"]
     with accelerator.autocast():
-        if padding_changes(model):
-            note("it says something else of padded prompts; it reads them one by one")
-            most = 1
+        most = 1 if padding_changes(model) else record["max_batch_tokens"]
     if num_done:
         note(f"going on after {num_done:,} titles of an earlier run")
     stop.listen()
@@ -559,7 +556,7 @@ def load(source: dict, base_folder: Path, prompt, decoding: Decoding, timeout: f
             round_lora,
             skeleton,
         )
-        from packing import use_packed_attention
+        from packing import padding_changes, use_packed_attention
 
     nf4 = source["weights"] in ("nf4", "nf4-bf16")
     dtype = torch.bfloat16 if source["precision"] == "bf16" else torch.float32
@@ -584,7 +581,10 @@ def load(source: dict, base_folder: Path, prompt, decoding: Decoding, timeout: f
             dequantize_base(model)
             dequantized = f"4-bit weights dequantized once, to {size / 2**30:.1f} GiB: faster"
     if why_not := use_packed_attention(model, longest):
-        note(f"this model takes no packed rows ({why_not}); shorter prompts of a batch are padded")
+        prompts = "shorter prompts of a batch are padded"
+        if padding_changes(model):
+            prompts = "prompts are read one by one, for it says something else of padded ones"
+        note(f"this model takes no packed rows ({why_not}); {prompts}")
     if decoding.num_samples > 1 and not can_share_prompts(model):  # copies would take the memory
         what = "titles of this model cannot share what it has read"
         raise UserError("--num_samples", what, "leave it out")
