@@ -208,9 +208,8 @@ def _check_positions(model, longest: int) -> None:
     words = model.get_input_embeddings()
     # Some tables have rows before position 0 (OPT: 2).
     if any(most <= table.num_embeddings <= most + 2 for table in tables if table is not words):
-        raise UserError(
-            f"--max_length {longest}", f"this base has positions for {most} tokens", "give fewer"
-        )
+        problem = f"this base has positions for {most:,} tokens, articles with titles {longest:,}"
+        raise UserError("--max_length", problem, "give less")
     note(f"the base was made for {most:,} tokens; articles may have {longest:,} with their titles")
 
 

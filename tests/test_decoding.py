@@ -259,7 +259,9 @@ def test_a_title_ends_where_its_line_does(tiny_model):
     title = infer.read_title(prompt, ends, cut)
     assert (title.stopped_by, title.num_new_tokens) == ("line", len(cut))
     assert infer.read_title(prompt, ends, [*cut[:-1], tokenizer.eos_token_id]).stopped_by == "eos"
-    assert infer.read_title(prompt, ends, cut[:-1]).stopped_by == "length"
+    limited = infer.read_title(prompt, ends, cut[:-1])
+    assert (limited.stopped_by, limited.title) == ("length", "Le maire")  # whole, to its last token
+    assert limited.raw == "\n \n Le maire"
 
 
 # ---------------------------------------------------------------------- memory

@@ -382,13 +382,15 @@ def test_what_cannot_be_stored_in_4_bits_is_refused(config, settings, message, n
 def test_more_tokens_than_learned_positions_are_refused(news, tmp_path, capsys):
     short = {"max_position_embeddings": 128}
     folder = save(FAMILIES["opt, learned positions"], tmp_path / "opt", **short)
-    message = "--max_length 256: this base has positions for 128 tokens; give fewer"
+    message = "--max_length: this base has positions for 128 tokens, articles with titles 256; give"
     with pytest.raises(UserError, match=message):
         call(train.main, *train_args(folder, news, tmp_path / "run"))
     files = ("--input_file", news / "test.csv", "--output_file", tmp_path / "out.csv")
     with pytest.raises(UserError, match=message):
         call(infer.main, "--model_name_or_path", folder, *files, "--max_length", "256")
     call(train.main, *train_args(folder, news, tmp_path / "run", "--max_length", "128"))
+    with pytest.raises(UserError, match="positions for 128 tokens, articles with titles 132; give"):
+        call(infer.main, "--run_dir", tmp_path / "run", *files, "--max_new_tokens", "28")
     rotary = save(FAMILIES["qwen3, norms of queries and keys"], tmp_path / "qwen3", **short)
     capsys.readouterr()
     weightless = modeling.skeleton(str(rotary), torch.float32)

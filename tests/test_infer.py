@@ -20,7 +20,7 @@ from conftest import (
 
 import infer
 from exit_codes import UserError
-from predictions import Parts, part_file, part_files
+from predictions import Parts, part_file, part_files, same_settings
 from prompting import Prompt, load_tokenizer
 
 CPU = torch.device("cpu")
@@ -145,6 +145,9 @@ def test_other_ends_of_turn_stop_a_chat_model_too(tiny_model, monkeypatch):
     [(_, cut)] = infer.generate_titles(model, prompt, ARTICLES[:1])
     assert cut.stopped_by == "eos"
     assert cut.num_new_tokens <= 3
+    batch, more = {0: prompt.encode(ARTICLES[0]).ids}, (["a0"], 1024, lambda: False)
+    [(_, other)] = infer.write_continuously(model, prompt, batch, infer.Decoding(12), *more)
+    assert other == cut
 
 
 def test_learns_to_stop(tiny_model, tmp_path):
@@ -409,6 +412,29 @@ def test_another_prompt_is_used_and_noted(predicted, trained, news, tmp_path, ca
     assert read_csv(tmp_path / "en.csv") != read_csv(predicted / "adapter.csv")
 
 
+@pytest.mark.parametrize(
+    ("mixed_precision", "asked", "precision"),
+    [
+        ("bf16", None, "bf16"),
+        ("no", None, "fp32"),
+        ("bf16", "nf4-bf16", "bf16"),
+        ("no", "nf4-bf16", "fp32"),
+        ("bf16", "fp32", "fp32"),
+        ("no", "bf16", "bf16"),
+    ],
+)
+def test_weights_that_are_not_4_bit_say_in_what_is_computed(
+    trained, tmp_path, mixed_precision, asked, precision
+):
+    run_dir = shutil.copytree(trained, tmp_path / "run")
+    run_config = json.loads((run_dir / "run_config.json").read_text())
+    run_config["arguments"]["mixed_precision"] = mixed_precision
+    (run_dir / "run_config.json").write_text(json.dumps(run_config))
+    more = ["--base_weights", asked] if asked else []
+    source = infer.find_model(infer.parse_args(["--run_dir", str(run_dir), "--text", "a", *more]))
+    assert (source["weights"], source["precision"]) == (asked or "nf4", precision)
+
+
 def test_more_tokens_at_least_than_the_run_has_at_most_are_refused(trained, news, tmp_path):
     with pytest.raises(UserError, match="--min_new_tokens 25: above the 24 tokens that a title"):
         call(
@@ -471,6 +497,30 @@ def test_goes_on_after_a_torn_line_and_ends_with_the_same_bytes(
         again, first = tmp_path / f"out.{suffix}", predicted / f"adapter.{suffix}"
         assert again.read_bytes() == first.read_bytes()
     assert not part.exists()
+
+
+@pytest.mark.parametrize("engine", ["batched", "continuous"])
+def test_a_file_of_many_windows_has_each_title_once(trained, news, tmp_path, monkeypatch, engine):
+    """Under its own index, whatever its window; and of what is there, none a second time."""
+    more = ("--base_weights", "fp32", "--engine", engine)
+    call(infer.main, "--run_dir", trained, *args_for(news, tmp_path / "one.csv", *more))
+    record, rows = details(tmp_path / "one.jsonl")
+    there = (0, 1, 2, 3, 5, 8)  # all of the first window, and of the others some
+    lines = [json.dumps(record), *(json.dumps({"index": n} | rows[n]) for n in there)]
+    (tmp_path / "out.part-0.jsonl").write_text("\n".join(lines) + "\n")
+    written, write_line = [], infer.write_line
+    monkeypatch.setattr(infer, "WINDOW", 4)
+    monkeypatch.setattr(
+        infer, "write_line", lambda *line: written.append(line[1]) or write_line(*line)
+    )
+    for name, indices in (("out", {4, 6, 7}), ("new", set(range(9)))):
+        call(infer.main, "--run_dir", trained, *args_for(news, tmp_path / f"{name}.csv", *more))
+        found = [line["index"] for line in written if "index" in line]
+        assert (set(found), len(found)) == (indices, len(indices))
+        for suffix in ("csv", "jsonl"):
+            whole = tmp_path / f"one.{suffix}"
+            assert (tmp_path / f"{name}.{suffix}").read_bytes() == whole.read_bytes()
+        written.clear()
 
 
 def test_goes_on_where_it_was_stopped_between_its_two_files(predicted, trained, news, tmp_path):
@@ -575,6 +625,38 @@ def test_titles_by_another_tokenizer_are_titles_of_other_settings(
     (model / file).write_text((model / file).read_text().replace("user", "User") + "\n")
     with pytest.raises(UserError, match="there are predictions of other settings already"):
         call(infer.main, *options)
+
+
+@pytest.mark.parametrize("changed", ["articles", "adapter", "base"])
+def test_titles_of_what_has_changed_under_its_name_are_not_taken_for_its_own(
+    trained, tiny_model, news, tmp_path, changed, capsys
+):
+    run_dir, model = (shutil.copytree(a, tmp_path / a.name) for a in (trained, tiny_model))
+    articles = shutil.copy(news / "test.csv", tmp_path / "test.csv")
+    options = ("--run_dir", run_dir) if changed == "adapter" else ("--model_name_or_path", model)
+    options += ("--max_length", 200, "--max_new_tokens", 2)
+    options += ("--input_file", articles, "--output_file", tmp_path / "out.csv")
+    call(infer.main, *options)
+    call(infer.main, *options)
+    assert "nothing to do" in capsys.readouterr().out
+    if changed == "articles":
+        write_csv(articles, read_csv(articles)[::-1])
+    else:
+        file = run_dir / "adapter_model.safetensors" if changed == "adapter" else None
+        file = file or model / "model.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1  # a bit of the last weight
+        file.write_bytes(content)
+    with pytest.raises(UserError, match="there are predictions of other settings already"):
+        call(infer.main, *options)
+
+
+def test_every_setting_counts_but_what_only_names_things(predicted):
+    record, _ = details(predicted / "adapter.jsonl")
+    free = {"commit", "model", "adapter", "adapter_step"}
+    for name in record:
+        other = json.dumps(record | {name: "another"})
+        assert same_settings(other, record) == (name in free), name
 
 
 def test_finished_predictions_are_kept(predicted, trained, news, capsys):
@@ -710,6 +792,17 @@ def test_rows_without_ids_count_from_0(trained, news, tmp_path):
     more = ("--input_file", bare)
     call(infer.main, "--run_dir", trained, *args_for(news, tmp_path / "out.csv", *more))
     assert [row["ID"] for row in read_csv(tmp_path / "out.csv")] == [str(n) for n in range(9)]
+
+
+def test_columns_go_by_the_names_that_are_given(predicted, trained, news, tmp_path):
+    rows = [
+        {"ID": "x", "text": "un autre", "key": row["ID"], "body": row["text"]}
+        for row in read_csv(news / "test.csv")
+    ]
+    more = ("--input_file", write_csv(tmp_path / "named.csv", rows))
+    more += ("--text_column", "body", "--id_column", "key")
+    call(infer.main, "--run_dir", trained, *args_for(news, tmp_path / "out.csv", *more))
+    assert (tmp_path / "out.csv").read_bytes() == (predicted / "adapter.csv").read_bytes()
 
 
 @pytest.mark.parametrize(

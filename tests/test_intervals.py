@@ -46,6 +46,9 @@ def test_p_values_are_those_of_a_paired_test(bootstrap):
         z = abs(difference.mean()) / (difference.std() / math.sqrt(ROWS))
         assert found["difference"] == pytest.approx(difference.mean(), abs=1e-12)
         assert found["p"] == pytest.approx(math.erfc(z / math.sqrt(2)), abs=0.02)
+        half = 1.96 * difference.std() / math.sqrt(ROWS)
+        around = [difference.mean() - half, difference.mean() + half]
+        assert found["interval"] == pytest.approx(around, abs=0.1 * half)
         backwards = made.compare(0, figure)
         assert (backwards["p"], backwards["difference"]) == (found["p"], -found["difference"])
     # Pairing is what sees it: the two intervals by themselves overlap.

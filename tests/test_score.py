@@ -352,6 +352,7 @@ def test_table_and_json_agree(files):
 
     lines = done.stdout.splitlines()[:-2]  # the last two name the files
     assert max(len(line) for line in lines) == 80
+    assert "Of fewer than 30 titles, the intervals are too narrow." in lines
     rules = [number for number, line in enumerate(lines) if line == "-" * 80]
     assert len(rules) == 4
     table = [line.rsplit(maxsplit=7) for line in lines[rules[0] + 1 : rules[0] + 3]]
@@ -530,6 +531,11 @@ def test_articles_of_a_file_of_their_own_in_another_order(files):
     write_csv(files / "texts.csv", ["body"], [row[:1] for row in texts])
     with pytest.raises(UserError, match="its rows cannot be paired with those of"):
         scored(files, "c.csv", references="titles.csv", options=options)
+    # Nor by their numbers, where there is an article more.
+    write_csv(files / "titles.csv", ["titles"], [[title] for title in TRUE_TITLES])
+    write_csv(files / "texts.csv", ["body"], [["d'un autre titre"], *(row[:1] for row in texts)])
+    with pytest.raises(UserError, match="its rows cannot be paired with those of"):
+        scored(files, "a.csv", references="titles.csv", options=options)
 
 
 def test_without_articles_only_what_needs_them_is_missing(files):
@@ -586,6 +592,14 @@ def test_titles_that_were_cut_are_known_from_what_infer_wrote(files, capsys):
     assert (found["a"]["flags"]["cut"], found["b"]["flags"]["cut"]) == (2, None)
     assert found["a"]["made_by"] == {"model": "m", "decoding": "greedy"}
     assert "left aside" not in capsys.readouterr().out
+
+    # Whatever the order of the references.
+    write_csv(files / "turned.csv", ["ID", "titles"], [*enumerate(TRUE_TITLES)][::-1])
+    options = ["--references", files / "turned.csv", "--predictions", files / "a.csv"]
+    score.main([*map(str, options), "--output_dir", str(files / "turned")])
+    lines = (files / "turned/flags.jsonl").read_text(encoding="utf-8").splitlines()
+    flagged = map(json.loads, lines)
+    assert [line["id"] for line in flagged if "cut" in line["flags"]] == ["3", "1"]
 
     rows[0]["title"] = "un autre"  # of predictions that were edited since
     details.write_text("\n".join(map(json.dumps, [record, *rows])), encoding="utf-8")

@@ -319,3 +319,8 @@ def test_share_of_new_ngrams():
         [1, None, None, None],
         [None, None, None, None],
     ]
+
+
+def test_a_title_mostly_in_capitals_says_nothing_by_them():
+    assert names_in("LA SNCF EN GRÈVE CE LUNDI à Paris") == []
+    assert names_in("la SNCF en GRÈVE ce lundi à Paris") == [["SNCF"], ["GRÈVE"], ["Paris"]]

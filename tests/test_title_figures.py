@@ -86,6 +86,10 @@ def test_flags_are_counted_and_listed():
     }
 
 
+def test_titles_that_are_empty_are_not_repeated():
+    assert described(["", " ", "un", "deux"])["flags"]["repeated"] == 0
+
+
 def test_what_could_not_be_looked_at_is_none_and_not_zero():
     found = described(TITLES)
     assert found["novel"] == dict.fromkeys("1234")
