@@ -431,6 +431,105 @@ def test_a_damaged_best_checkpoint_is_no_longer_the_best(parts, tmp_path, capsys
         checkpoints.save_adapter(model, STATE | {"best_step": 3}, 1, tmp_path)
 
 
+EVALUATION = {"metric_for_best_model": "loss", "base_weights": "nf4", "mixed_precision": "bf16"}
+EVALUATION |= {"num_eval_titles": 32}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "same"),
+    [
+        ({}, {"learning_rate": 0.5}, True),
+        ({}, {"num_eval_titles": 8}, True),  # a loss is of all rows
+        ({"metric_for_best_model": "rougeL"}, {"num_eval_titles": 8}, False),
+        ({}, {"metric_for_best_model": "rougeL"}, False),
+        ({}, {"base_weights": "bf16"}, False),
+        ({}, {"mixed_precision": "no"}, False),
+        ({}, {"prompt": {"template": "x {article}"}}, False),
+        ({}, {"base_fingerprint": "f"}, False),
+        ({}, {"data": {"validation": {"sha256": "c"}}}, False),
+        ({}, {"data": {"train": {"sha256": "c"}, "validation": {"sha256": "v"}}}, True),
+    ],
+)
+def test_values_of_the_best_compare_where_they_are_of_one_evaluation(before, now, same):
+    record = copy.deepcopy(RECORD)
+    record["data"]["validation"] = {"sha256": "v"}
+    record["arguments"] |= EVALUATION | before
+    other = copy.deepcopy(record)
+    for key, value in now.items():
+        (other if key in other else other["arguments"])[key] = value
+    assert (checkpoints._evaluation(record) == checkpoints._evaluation(other)) == same
+
+
+def test_giving_up_sets_all_counts_back(parts, tmp_path, monkeypatch):
+    """Or a run that goes on would not give up again, or miss an evaluation, or name a lost best."""
+    model, optimizer, _ = parts
+    monkeypatch.setattr(checkpoints, "from_main_process", lambda _, do, *arguments: do(*arguments))
+    state = STATE | {"completed_steps": 9, "evaluated_steps": 8, "skipped_steps": 6}
+    state |= {"skipped_in_a_row": 5, "best_step": 8, "best_value": 1.5}
+    with pytest.raises(UserError, match="of updates 5 to 9 is not finite"):
+        checkpoints.give_up(None, tmp_path, model, optimizer, state)
+    assert names(tmp_path) == ["step-000004"]
+    saved = json.loads((tmp_path / "checkpoints/step-000004/state.json").read_text())
+    expected = {"completed_steps": 4, "evaluated_steps": 4, "skipped_steps": 1}
+    expected |= {"skipped_in_a_row": 0, "best_step": 4, "best_value": 1.5}
+    assert {name: saved[name] for name in state} == expected
+
+
+@pytest.mark.parametrize(
+    ("completed", "first_step", "sharded", "told", "newest"),
+    [
+        (7, 5, False, "after update 7", "step-000007"),
+        (7, 3, True, "after update 5", "step-000005"),  # its other shards are gone
+        (7, 5, True, None, "step-000005"),
+        (5, 5, False, None, "step-000005"),
+        (7, 7, False, None, "step-000005"),
+    ],
+)
+def test_what_is_left_of_a_run_is_what_came_after_its_start(
+    parts, tmp_path, completed, first_step, sharded, told, newest
+):
+    model, optimizer, _ = parts
+    save(tmp_path, model, optimizer, STATE | {"completed_steps": 5})
+    what = (model, optimizer, STATE | {"completed_steps": completed}, first_step, sharded)
+    assert checkpoints.save_what_is_left(tmp_path, *what) == told
+    assert names(tmp_path)[-1] == newest
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "max_train_steps",
+        "num_train_epochs",
+        "warmup_ratio",
+        "cooldown_ratio",
+        "seed",
+        "mixed_precision",
+        "lora_alpha",
+        "lora_dropout",
+        "max_grad_norm",
+        "max_length",
+        "checkpointing_steps",
+        "metric_for_best_model",
+    ],
+)
+def test_what_changes_a_result_is_not_free(run_dir, name):
+    record = copy.deepcopy(RECORD)
+    record["arguments"][name] = "other"
+    assert f"{name} " in refusal(find, run_dir, "latest", record)
+
+
+def test_every_checkpoint_of_after_is_set_aside(run_dir):
+    """The very next, too: were the run stopped before it, `latest` would be one of another run."""
+    (run_dir / "adapter_model.safetensors").touch()
+    checkpoints.set_later_ones_aside(run_dir, 2, False)
+    kept = ["step-000002", "step-000003.aside", "step-000010.aside", "step-000011.tmp"]
+    assert names(run_dir) == kept
+    assert (run_dir / "adapter_model.safetensors").exists()
+    checkpoints.set_later_ones_aside(run_dir, 2, True)
+    assert names(run_dir) == kept
+    assert not (run_dir / "adapter_model.safetensors").exists()
+
+
 def test_an_evaluation_is_recorded_in_the_checkpoint(parts, tmp_path):
     model, optimizer, make = parts
     saved = save(tmp_path, model, optimizer)

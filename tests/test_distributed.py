@@ -210,7 +210,9 @@ def test_both_stop_after_the_same_update_whichever_is_asked(tiny_model, rows_17,
     run_dir, latest = tmp_path / "run", ("--resume_from_checkpoint", "latest")
     epochs = ("--num_train_epochs", 5, "--num_eval_titles", 1)
     call(train.main, *train_args(tiny_model, rows_17, tmp_path / "whole", *one, *epochs))
-    processes = start_two("train.py", *train_args(tiny_model, rows_17, run_dir, *two, *epochs))
+    args = train_args(tiny_model, rows_17, run_dir, *two, *epochs)
+    place = args.index("--validation_file")  # an evaluation would tell the other process, too
+    processes = start_two("train.py", *args[:place], *args[place + 2 :])
     wait_for_lines(run_dir / "metrics.jsonl", 1, processes)
     processes[1].send_signal(signal.SIGUSR1)
     printed = [process.communicate(timeout=240) for process in processes]
@@ -219,6 +221,7 @@ def test_both_stop_after_the_same_update_whichever_is_asked(tiny_model, rows_17,
     step = len(updates(run_dir))
     assert 1 <= step < 15
     assert (run_dir / f"checkpoints/step-{step:06d}/state.json").exists()
+    latest += ("--resume_anyway",)  # with the validation file
     call(train.main, *train_args(tiny_model, rows_17, run_dir, *one, *epochs, *latest))
     for whole, parted in zip(updates(tmp_path / "whole"), updates(run_dir), strict=True):
         assert parted["loss"] == pytest.approx(whole["loss"], rel=1e-4)

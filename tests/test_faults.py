@@ -251,6 +251,20 @@ def test_four_in_a_row_do_not(losses_from, tiny_model, news, tmp_path, capsys):
     assert "4 updates skipped, peak memory" in capsys.readouterr().out
 
 
+def test_those_that_are_not_in_a_row_do_not_count(tiny_model, news, tmp_path, monkeypatch):
+    original, calls = train.title_loss, []
+
+    def title_loss(model, batch):
+        calls.append(1)
+        return original(model, batch) * (float("inf") if len(calls) % 4 == 1 else 1)
+
+    monkeypatch.setattr(train, "title_loss", title_loss)
+    args = train_args(tiny_model, news, tmp_path / "run", *MORE)
+    del args[args.index("--validation_file") : args.index("--validation_file") + 2]
+    call(train.main, *args)
+    assert [row["skipped"] for row in updates(tmp_path / "run")] == [True, False] * 6
+
+
 def test_a_row_of_skipped_updates_goes_on_after_a_stop(losses_from, tiny_model, news, tmp_path):
     args = train_args(tiny_model, news, tmp_path / "run", "--resume_from_checkpoint", "latest")
     del args[args.index("--validation_file") : args.index("--validation_file") + 2]
@@ -300,3 +314,33 @@ def test_a_memory_that_fills_up_in_an_update_is_one_line(tiny_model, news, tmp_p
     more = (*split, "--activation_checkpointing", "full", "--resume_from_checkpoint", "latest")
     assert call(train.main, *args, *more) is None
     assert [row["step"] for row in updates(tmp_path / "run")] == list(range(1, 7))
+
+
+def test_a_gradient_that_is_not_finite_is_enough(losses_from, tiny_model, news, tmp_path):
+    """Where its loss is: the root of 0 has an infinite slope."""
+    losses_from(2, 2, how=lambda loss: loss + (loss - loss.detach()).sqrt())
+    more = ("--max_train_steps", "3")
+    call(train.main, *train_args(tiny_model, news, tmp_path / "run", *more))
+    rows = updates(tmp_path / "run")
+    assert [row["skipped"] for row in rows] == [False, True, False]
+    assert rows[1]["loss"] > 0
+    assert rows[1]["grad_norm"] is None
+
+
+def test_an_evaluation_that_is_not_finite_is_never_the_best(
+    tiny_model, news, tmp_path, monkeypatch
+):
+    """Nor does it keep a later one from being that: nothing is below a NaN."""
+    original, calls = train.title_loss, []
+
+    def title_loss(model, batch):
+        loss = original(model, batch)
+        if model.training:
+            calls.append(1)
+        first = not model.training and len(calls) == 6  # after the first epoch of two
+        return loss * float("nan") if first else loss
+
+    monkeypatch.setattr(train, "title_loss", title_loss)
+    call(train.main, *train_args(tiny_model, news, tmp_path / "run"))
+    record = json.loads((tmp_path / "run/run_config.json").read_text())
+    assert record["adapter_step"] == 6

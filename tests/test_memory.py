@@ -249,6 +249,23 @@ def test_checkpointing_is_the_least_that_fits(base, every, monkeypatch):
     assert plan(base, CUDA)["checkpointed_every"] == every
 
 
+def test_checkpointing_begins_with_the_last_tenth_of_the_memory(base, monkeypatch):
+    room = 0.999 * expected(base) / 0.9
+    monkeypatch.setattr(memory, "free_memory", lambda device: room)
+    assert plan(base, CUDA)["checkpointed_every"] == 4
+
+
+def test_adamw_keeps_as_many_bytes_of_each_number_as_are_counted():
+    from bitsandbytes.optim import PagedAdamW32bit
+
+    weights = torch.nn.Parameter(torch.ones(100_000))
+    weights.grad = torch.ones_like(weights)
+    optimizer = PagedAdamW32bit([weights])
+    optimizer.step()
+    kept = sum(s.nbytes for s in optimizer.state[weights].values() if isinstance(s, torch.Tensor))
+    assert memory.MOMENTS * len(weights) == kept
+
+
 @pytest.mark.parametrize(
     ("weights", "way"), [("nf4", "qlora"), ("nf4-bf16", "lora"), ("bf16", "lora")]
 )

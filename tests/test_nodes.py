@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT, train_args
+from torch.distributed import DistError
 
 from exit_codes import UserError
 from nodes import Nodes
@@ -252,7 +253,7 @@ def test_a_process_that_fails_does_not_count_as_done(monkeypatch, fails):
 @pytest.mark.parametrize("script", ["train", "infer"])
 def test_what_is_left_is_saved_as_in_the_work(script, tmp_path, monkeypatch):
     """No other run may begin in the folder yet, and a signal must not end this process."""
-    from torch.distributed import DistError, TCPStore
+    from torch.distributed import TCPStore
 
     module, seen = importlib.import_module(script), []
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -267,13 +268,25 @@ def test_what_is_left_is_saved_as_in_the_work(script, tmp_path, monkeypatch):
     names = vars(module) | {"args": args, "lock": lock, "seen": seen, "DistError": DistError}
     names |= {"look": lambda: seen.append((lock.exists(), signal.getsignal(signal.SIGTERM)))}
     work = f"with ({managers}):\n    stop.listen()\n    nodes.on_loss(look)\n"
-    with pytest.raises(UserError, match="nothing was done since the start"):
+    gone = "process 1: gone in the middle of the run; nothing was done since the start"
+    with pytest.raises(UserError, match=gone):
         exec(work + "    raise DistError('Connection closed by peer')", names)
     [(locked, handler)] = seen
     assert locked
     assert handler is not signal.SIG_DFL
     assert not lock.exists()
     assert store.check(["manchette/over"])
+
+
+@pytest.mark.parametrize(
+    ("nodes", "error"), [(2, RuntimeError("shapes")), (1, DistError("Connection closed"))]
+)
+def test_errors_that_tell_of_no_node_are_left_as_they_are(monkeypatch, nodes, error):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(2 // nodes))
+    with pytest.raises(type(error)) as caught, Nodes(2).together():
+        raise error
+    assert caught.value is error
 
 
 def test_what_only_the_first_process_meets_ends_the_job(submit, tmp_path):

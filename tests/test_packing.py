@@ -122,10 +122,10 @@ def test_without_borders_it_is_ordinary_attention():
 
 
 def test_an_article_longer_than_the_models_window_is_no_silent_mistake():
-    model = make(MistralConfig(**GROUPED, sliding_window=16))
-    assert use_packed_attention(model, 17)
-    assert use_packed_attention(model, 16) is None
-    with pytest.raises(ValueError, match="an article of 42 tokens is longer than the window of 16"):
+    model = make(MistralConfig(**GROUPED, sliding_window=41))
+    assert use_packed_attention(model, 42)
+    assert use_packed_attention(model, 41) is None
+    with pytest.raises(ValueError, match="an article of 42 tokens is longer than the window of 41"):
         title_loss(model, pack(examples(), CPU))
 
 
@@ -203,6 +203,21 @@ def test_a_model_that_lets_articles_see_each_other_is_found_out(monkeypatch):
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(model, "forward", forgetful)
+    assert use_packed_attention(model, 64) == "its articles see each other"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_small_leak_is_one_too(monkeypatch, dtype):
+    """Far below what is allowed between a packed row and separate ones."""
+    model = make(MODELS["llama"]).to(dtype)
+    forward = model.forward
+
+    def leaky(input_ids, **kwargs):
+        output = forward(input_ids, **kwargs)
+        output.logits = output.logits * (1 + 0.01 * (input_ids[0, 0] - 7))
+        return output
+
+    monkeypatch.setattr(model, "forward", leaky)
     assert use_packed_attention(model, 64) == "its articles see each other"
 
 

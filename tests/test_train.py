@@ -19,6 +19,7 @@ from exit_codes import UserError
 from model_card import model_card
 
 EXACT = ("--lora_dropout", "0", "--mixed_precision", "no", "--num_train_epochs", "1")
+EXACT += ("--seed", "7")  # not the default: what is drawn goes by what was asked for
 
 
 def metrics(run_dir) -> list[dict]:
@@ -65,6 +66,8 @@ def test_run_config_describes_the_run(trained, tiny_model, news):
     assert config["data"]["train"]["rows"] == 22
     assert config["versions"].keys() >= {"torch", "transformers", "peft", "bitsandbytes"}
     assert "[INST]" not in config["prompt"]["template"]
+    lora = json.loads((trained / "adapter_config.json").read_text())
+    assert [lora[name] for name in ("r", "lora_alpha", "lora_dropout")] == [4, 16, 0.1]
 
 
 def test_checkpoints_hold_the_adapter_and_not_the_base(trained):
@@ -130,6 +133,9 @@ def test_updates_count_the_tail_and_every_row_once(trained):
     assert [row["articles"] for row in rows] == [8, 8, 6, 8, 8, 6]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert [row["epoch"] for row in rows[2::3]] == [1, 2]
+    tokens = [row["tokens"] for row in rows]
+    assert sum(tokens[:3]) == sum(tokens[3:])
+    assert tokens[:3] != tokens[3:]  # each epoch has an order of its own
 
 
 def test_learning_rate_warms_up_from_a_first_update_that_counts(tiny_model, news, tmp_path):
@@ -148,7 +154,7 @@ def test_no_warm_up_is_constant_from_the_start(tiny_model, news, tmp_path):
 def test_a_cooldown_ends_a_constant_rate_and_goes_on_where_it_was_stopped(
     tiny_model, news, tmp_path, capsys
 ):
-    more = ("--warmup_ratio", "0.1", "--cooldown_ratio", "0.5", "--learning_rate", "3e-3")
+    more = ("--warmup_ratio", "0.05", "--cooldown_ratio", "0.5", "--learning_rate", "3e-3")
     args = train_args(tiny_model, news, tmp_path / "run", *more, "--checkpointing_steps", "2")
     call(train.main, *args)
     assert ", 1 to warm up, 3 to cool down" in capsys.readouterr().out
@@ -190,10 +196,22 @@ def test_any_split_of_an_update_trains_the_same(
     assert difference(adapter(tmp_path / "run"), adapter(one_by_one)) < 1e-3
 
 
-def test_activation_checkpointing_changes_nothing(one_by_one, tiny_model, news, tmp_path):
+def test_activation_checkpointing_changes_nothing(
+    one_by_one, tiny_model, news, tmp_path, monkeypatch
+):
+    import modeling
+
+    original, asked = modeling.checkpoint_layers, []
+
+    def checkpoint_layers(base, every):
+        asked.append(every)
+        return original(base, every)
+
+    monkeypatch.setattr(modeling, "checkpoint_layers", checkpoint_layers)  # not that of the plan
     more = ("--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "8")
     more += ("--activation_checkpointing", "full")
     call(train.main, *train_args(tiny_model, news, tmp_path / "run", *EXACT, *more))
+    assert asked == [1]
     assert difference(adapter(tmp_path / "run"), adapter(one_by_one)) < 1e-5
     [one], [other] = (
         [row for row in metrics(folder) if "eval_loss" in row]
@@ -286,6 +304,8 @@ def test_resumed_in_the_middle_of_an_epoch_ends_with_the_same_bytes(
     whole, halted = tmp_path / "whole", tmp_path / "halted"
     call(train.main, *train_args(tiny_model, news, whole, *steps))
     shutil.copytree(whole, halted)
+    found = sorted(path.name for path in (whole / "checkpoints").iterdir())
+    assert found == [f"step-00000{n}" for n in (2, 3, 4, 6)]  # at the end of an epoch, too
     for name in ("step-000006", "step-000004"):
         for file in (halted / "checkpoints" / name).iterdir():
             file.unlink()
@@ -565,6 +585,48 @@ def test_a_run_from_before_there_was_an_argument_goes_on(
     assert f"| {name} | 0.0 |" in model_card(record)
 
 
+def test_what_is_drawn_goes_by_the_seed_and_the_update(tiny_model, news, tmp_path, monkeypatch):
+    """And not by the update's place in its epoch: each epoch has masks and tokens of its own."""
+    import batching
+
+    original_seed, original_learn = batching.dropout_seed, batching.learn_articles_too
+    seeds, learnt = [], []
+
+    def dropout_seed(*arguments):
+        seeds.append(arguments)
+        return original_seed(*arguments)
+
+    def learn_articles_too(examples, weight, seed, step):
+        learnt.append((weight, seed, step))
+        return original_learn(examples, weight, seed, step)
+
+    monkeypatch.setattr(batching, "dropout_seed", dropout_seed)
+    monkeypatch.setattr(batching, "learn_articles_too", learn_articles_too)
+    more = ("--seed", "7", "--prompt_loss_weight", "0.1", "--max_train_steps", "4")
+    call(train.main, *train_args(tiny_model, news, tmp_path / "run", *more))
+    assert seeds == [(7, step, 0) for step in range(4)]  # of 3 updates an epoch
+    assert learnt == [(0.1, 7, step) for step in range(4)]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "no"])
+def test_autocast_is_on_in_training_and_in_evaluation(
+    precision, tiny_model, news, tmp_path, monkeypatch
+):
+    import torch
+
+    original, seen = train.title_loss, set()
+
+    def title_loss(model, batch):
+        seen.add((model.training, torch.is_autocast_enabled("cpu")))
+        return original(model, batch)
+
+    monkeypatch.setattr(train, "title_loss", title_loss)
+    more = ("--mixed_precision", precision, "--max_train_steps", "1")
+    call(train.main, *train_args(tiny_model, news, tmp_path / "run", *more))
+    on = precision == "bf16"
+    assert seen == {(True, on), (False, on)}
+
+
 def test_the_next_articles_are_read_before_an_update_is_waited_for(
     tiny_model, news, tmp_path, monkeypatch
 ):
@@ -636,14 +698,14 @@ def test_logged_figures_equal_an_offline_recomputation(one_by_one, tiny_model, n
     from modeling import load_base
     from prompting import Prompt, load_tokenizer, read_template
 
-    set_seed(42)
+    set_seed(7)
     base = load_base(str(tiny_model), torch.device("cpu"), torch.float32, nf4=True)
     config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=16, target_modules="all-linear")
     model = get_peft_model(base, config)
     template = read_template(str(SCRIPTS.parent / "prompts/fr.txt"))
     prompt = Prompt(load_tokenizer(str(tiny_model)), template, False, 256, 24)
     rows = list(iterate_articles(str(news / "train.csv"), Columns(id=None)))
-    chosen = [rows[i] for i in epoch_order(22, 42, 0)[:8].tolist()]
+    chosen = [rows[i] for i in epoch_order(22, 7, 0)[:8].tolist()]
     examples = [prompt.encode(row["text"], row["title"]) for row in chosen]
     num_title_tokens = sum(example.num_title_ids for example in examples)
     loss = reference_loss(model, examples) / num_title_tokens
@@ -903,14 +965,34 @@ def test_plan_counts_equal_what_an_epoch_trains_on(plan, trained):
     assert int(found[2].replace(",", "")) == sum(row["title_tokens"] for row in rows)
 
 
+def test_the_prompt_is_a_chat_turn_where_it_is_asked_for(plan):
+    """Whose marks take tokens from the article's budget."""
+    cut = [
+        re.search(r"are cut to (\d+) tokens", plan(*more))[1]
+        for more in ((), ["--apply_chat_template"])
+    ]
+    assert int(cut[1]) < int(cut[0])
+
+
+def test_the_layers_named_are_those_adapted(plan):
+    rank, width, layers = 4, 64, 2
+    told = f"model      {2 * rank * width * layers:,} of "
+    assert told in plan("--target_modules", "q_proj")
+
+
 def test_plan_says_how_many_updates_there_will_be(plan):
     assert "updates    6 of 8 articles" in plan("--max_train_steps", "1000")
 
 
 def test_three_titles_are_shown_beside_the_true_ones(one_update):
-    _, output = one_update
+    from title_figures import rouge_means
+
+    run_dir, output = one_update
     true = [row["titles"] for row in french_rows(7, seed=2)]
     assert re.findall(r"true: +(.*)", output) == true[:6:2]
+    means = rouge_means(re.findall(r"written: (.*)", output), true[:6:2])
+    [row] = [row for row in metrics(run_dir) if "eval_rougeL" in row]
+    assert row["eval_rougeL"] == pytest.approx(means["default"]["rougeL"])
     assert re.search(r"eval_loss \d\.\d+, eval_rougeL 0\.\d+", output)
 
 
@@ -1044,4 +1126,5 @@ def test_defaults_are_the_reports():
     assert (args.warmup_ratio, args.max_grad_norm, args.mixed_precision) == (0.03, 0.3, "bf16")
     assert (args.lora_r, args.lora_alpha, args.lora_dropout) == (64, 16, 0.1)
     assert args.target_modules == ["all-linear"]
+    assert (args.max_length, args.max_title_tokens, args.base_weights) == (1024, 128, "nf4")
     assert Path(args.prompt_file).is_file()
