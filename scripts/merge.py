@@ -135,17 +135,18 @@ def main(argv=None):
     with partial_folder(output_dir) as temporary:
         # In the files' first bytes, so that `model_fingerprint` tells this model from others.
         weights.write(temporary, args.base, {"merged": f"{adapter_sha256} {args.base}"})
-        tokenizer.save_pretrained(temporary)
-        # From scratch: what a base repository samples with would make the merged model random,
-        # and may be invalid as it stands, so that nobody could save the model again.
-        GenerationConfig(
-            do_sample=False,
-            num_beams=1,
-            max_new_tokens=prompt.max_title_tokens,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=sorted(end_ids(tokenizer, base_generation_config(base_folder))),
-            pad_token_id=tokenizer.eos_token_id,
-        ).save_pretrained(temporary)
+        with writing(args.output_dir):
+            tokenizer.save_pretrained(temporary)
+            # From scratch: what a base repository samples with would make the merged model random,
+            # and may be invalid as it stands, so that nobody could save the model again.
+            GenerationConfig(
+                do_sample=False,
+                num_beams=1,
+                max_new_tokens=prompt.max_title_tokens,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=sorted(end_ids(tokenizer, base_generation_config(base_folder))),
+                pad_token_id=tokenizer.eos_token_id,
+            ).save_pretrained(temporary)
         run_config |= {
             "kind": "merged",
             "merged_base": args.base,
@@ -164,11 +165,11 @@ def main(argv=None):
                 others = {f"{base}_base": found for base, found in check.items()}
                 run_config["merge_check"] |= others
                 describe_check(run_config["merge_check"], args.base, len(texts))
-        write_json(temporary / RUN_CONFIG, run_config)
-        (temporary / CARD).write_text(model_card(run_config), encoding="utf-8")
         config = AutoConfig.from_pretrained(base_folder, **OWN_FILES_ONLY)
         config.dtype, config.use_cache = dtype, True
         with writing(args.output_dir):
+            write_json(temporary / RUN_CONFIG, run_config)
+            (temporary / CARD).write_text(model_card(run_config), encoding="utf-8")
             config.save_pretrained(temporary)  # last, see `partial_folder`
             os.rename(temporary, output_dir)  # which was checked to be empty, if it is there
     print(f"done: {args.output_dir}, adapter merged into the {args.base} base")
@@ -404,10 +405,11 @@ class Weights:
                 stream.write(len(header).to_bytes(8, "little") + header)
                 for name in names:
                     write_tensor(stream, self.merged(name, base))
-            flush(folder / file)
+                flush(folder / file)  # a network disk may say only now that it is full
         if len(shards) > 1:
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-            write_json(folder / "model.safetensors.index.json", index)
+            with writing(folder):
+                write_json(folder / "model.safetensors.index.json", index)
 
     def _dtype(self, name: str):
         """Return the type that a tensor of floating point has in training."""

@@ -155,6 +155,14 @@ def test_a_torn_file_is_refused(parts, tmp_path, file):
         checkpoints.load_checkpoint(saved, *make())
 
 
+def test_a_checkpoint_under_the_name_of_another_is_refused(parts, tmp_path):
+    model, optimizer, make = parts
+    saved = save(tmp_path, model, optimizer)
+    renamed = saved.rename(saved.with_name("step-000009"))
+    with pytest.raises(UserError, match=r"state.json is that of update 7"):
+        checkpoints.load_checkpoint(renamed, *make())
+
+
 def test_an_adapter_of_another_shape_is_refused(parts, tmp_path):
     model, optimizer, make = parts
     saved = save(tmp_path, model, optimizer)

@@ -50,7 +50,7 @@ def hub(monkeypatch):
 def run_dir(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     (tmp_path / "run/trackers").mkdir()
-    for name in ("trackers/events", ".lock", "report.html", "x.tmp"):
+    for name in ("trackers/events", ".lock", "report.html", "x.tmp", "x.aside"):
         (tmp_path / "run" / name).write_text("not for the Hub")
     (tmp_path / "run/link").symlink_to("/etc/passwd")
     return tmp_path / "run"
@@ -74,11 +74,22 @@ def test_a_run_is_pushed_whole_and_private(hub, run_dir, capsys):
     assert files["adapter_model.safetensors"] == weights
     card = files["README.md"].decode()
     assert card == model_card(read_run_config(str(run_dir)), None, "owner/titles")
-    assert "model='owner/titles'" in card
+    assert "model='owner/titles', max_new_tokens=24, " in card
     assert "base_model" not in card.split("---")[1]  # it is a folder of this machine
     assert "hf_secret" not in str(files)
     assert "/etc/passwd" not in str(files)
     assert "pushed to" in capsys.readouterr().out
+
+
+def test_a_card_with_results_is_pushed_under_the_models_name(hub, run_dir, monkeypatch):
+    results = {"of": "this adapter"}
+    monkeypatch.setattr("hub.results_of", lambda folder: results)
+    monkeypatch.setattr("hub.model_card", lambda *arguments: f"card of {arguments[1:]}")
+    for found in (None, results):
+        (run_dir / "README.md").write_text(f"card of {(found,)}")
+        push(str(run_dir), "owner/titles")
+        expected = f"card of {(found, 'owner/titles')}"
+        assert hub.commits.pop()[1]["README.md"].decode() == expected
 
 
 def test_an_edited_card_is_pushed_as_it_is(hub, run_dir):

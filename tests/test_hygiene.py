@@ -139,9 +139,11 @@ def test_what_is_almost_the_same_is_not_the_same(tmp_path, capsys):
     found = survey(tmp_path / "a.csv", *ALMOST)
     lines = report(capsys, train=found)
     assert [line for line in lines if "shorter" not in line] == []
+    assert (found.counts["repeated"], found.counts["repeated_with_title"]) == (0, 0)
     halves = survey(tmp_path / "b.csv", *ALMOST[::2]), survey(tmp_path / "c.csv", *ALMOST[1::2])
     lines = report(capsys, train=halves[0], validation=halves[1])
     assert [line for line in lines if "shorter" not in line] == []
+    assert halves[1].counts["trained_on_with_title"] == 0
 
 
 def test_characters_beyond_latin_are_found_again(tmp_path, capsys):

@@ -1,21 +1,33 @@
 """merge.py: base + adapter as an ordinary model. Run: python -m pytest tests/test_merge.py"""
 
+import errno
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import byte_level_tokenizer, call, french_rows, read_csv, save_tiny_model, train_args
+import transformers
+from conftest import (
+    byte_level_tokenizer,
+    call,
+    french_rows,
+    read_csv,
+    save_tiny_model,
+    train_args,
+    write_csv,
+)
 from safetensors.torch import load_file, save_file
 
 import infer
 import merge
 import train
 from exit_codes import UserError
+from run_folder import file_sha256
 
 CPU = torch.device("cpu")
 TEXTS = [row["text"] for row in french_rows(6, seed=7)]
@@ -109,6 +121,12 @@ def test_the_folder_is_an_ordinary_model(merged, run_dir):
     generation = json.loads((folder / "generation_config.json").read_text())
     assert generation["do_sample"] is False
     assert "temperature" not in generation
+    assert generation.get("num_beams", 1) == 1
+    assert generation["max_new_tokens"] == 24
+    assert generation["bos_token_id"] == base_config["bos_token_id"]
+    assert generation["pad_token_id"] == base_config["eos_token_id"]
+    with open(folder / "model.safetensors", "rb") as stream:  # where tensors begin: at 8 bytes
+        assert int.from_bytes(stream.read(8), "little") % 8 == 0
     run_config = json.loads((folder / "run_config.json").read_text())
     assert run_config["kind"] == "merged"
     assert run_config["base_model"] == base
@@ -210,6 +228,8 @@ def test_large_models_are_written_in_shards(run_dir, merged, tmp_path, monkeypat
         parts |= load_file(tmp_path / "m" / name)
     assert parts.keys() == whole.keys()
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
+    index = json.loads((tmp_path / "m/model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in whole.values())
     from modeling import load_base
 
     one = load_base(str(tmp_path / "m"), CPU, torch.bfloat16, False)
@@ -375,6 +395,30 @@ def test_the_check_has_the_logits_of_the_models_it_stands_for(run_dir, merged, m
 BF16 = {"dtype": torch.bfloat16, "nf4": True}
 
 
+def test_a_tensor_is_written_whole_however_little_is_taken_at_a_time():
+    """Linux takes 2 GiB at most in one call, and a large model's embedding has more."""
+    taken = []
+
+    class Stream:
+        def write(self, content):
+            taken.append(bytes(content[:7]))
+            return len(taken[-1])
+
+    tensor = torch.arange(60, dtype=torch.bfloat16).reshape(5, 12)
+    merge.write_tensor(Stream(), tensor)
+    assert b"".join(taken) == tensor.view(torch.uint8).numpy().tobytes()
+
+
+def test_a_merge_gives_back_what_it_has_changed_of_the_process(tmp_path):
+    import signal
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit), merge.partial_folder(tmp_path / "m"):
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_check_of_both_bases_is_printed_and_kept(run_dir, tmp_path, capsys):
     call(merge.main, "--run_dir", run_dir, "--output_dir", tmp_path / "m", "--check_rows", "2")
     printed = capsys.readouterr().out
@@ -382,6 +426,30 @@ def test_the_check_of_both_bases_is_printed_and_kept(run_dir, tmp_path, capsys):
     assert "logits of 2 prompts, original base, against base + adapter: relative" in printed
     check = json.loads((tmp_path / "m/run_config.json").read_text())["merge_check"]
     assert check["relative_difference"] < check["original_base"]["relative_difference"]
+
+
+def test_which_articles_are_compared(tmp_path, capsys):
+    rows = [{"corps": f"Un article {n}.", "text": "Un autre."} for n in range(4)]
+    own = write_csv(tmp_path / "own.csv", rows)
+    given = write_csv(tmp_path / "given.csv", rows[::-1])
+    record = {"data": {"validation": {"path": str(own)}}, "arguments": {"text_column": "corps"}}
+
+    def texts(check_rows, check_file=None):
+        args = SimpleNamespace(check_rows=check_rows, check_file=check_file and str(check_file))
+        return merge.check_texts(args, record)
+
+    assert texts(2) == ["Un article 0.", "Un article 1."]
+    assert texts(2, given) == ["Un article 3.", "Un article 2."]
+    assert texts(9) == [row["corps"] for row in rows]
+    assert texts(0, given) == []
+    write_csv(given, [*rows, {"corps": " ", "text": ""}])  # a file that is given has to be right
+    with pytest.raises(UserError, match=r"given.csv:6: the column 'corps' is empty"):
+        texts(2, given)
+    write_csv(own, [{"text": "Un autre."}])  # which the run's own need not be any more
+    assert texts(2) == [merge.PROBE]
+    assert "own.csv:2: no column 'corps' among 'text'; " in capsys.readouterr().out
+    own.unlink()
+    assert texts(2) == [merge.PROBE]
 
 
 @pytest.mark.parametrize("fails", [True, False])
@@ -444,6 +512,28 @@ def test_where_a_merged_model_may_go(trained, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"m: cannot be written \(Directory not empty\)"):
         call(merge.main, *options, tmp_path / "m")
     assert not list(tmp_path.glob("*.partial-*"))
+
+
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [
+        (merge, "flush"),
+        (merge, "write_json"),
+        (merge.Path, "write_text"),
+        (transformers.PreTrainedTokenizerBase, "save_pretrained"),
+        (transformers.GenerationConfig, "save_pretrained"),
+    ],
+)
+def test_a_disk_that_fills_up_is_one_line_whatever_is_written(
+    trained, tmp_path, monkeypatch, where, name
+):
+    def full(*_, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(where, name, full)
+    with pytest.raises(UserError, match=r"cannot be written \(No space left on device"):
+        call(merge.main, "--run_dir", trained, "--output_dir", tmp_path / "m", "--check_rows", "0")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_base_that_was_quantized_before_is_refused(trained, tiny_model, tmp_path):
@@ -581,6 +671,7 @@ def test_a_checkpoint_is_merged_as_the_run_would_be(run_dir, merged, tmp_path):
         call(merge.main, "--run_dir", checkpoint, *output)
         record = json.loads((tmp_path / f"{which}/run_config.json").read_text())
         assert (record["kind"], record["adapter_step"]) == ("merged", which)
+        assert record["adapter_sha256"] == file_sha256(checkpoint / "adapter_model.safetensors")
         assert record["merge_check"]["relative_difference"] < 0.03
         assert f"After update {which};" in (tmp_path / f"{which}/README.md").read_text()
     files = [tmp_path / str(step), tmp_path / str(other), merged / "dequantised"]

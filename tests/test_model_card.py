@@ -22,7 +22,7 @@ import merge
 import score
 import train
 from exit_codes import UserError, printable
-from model_card import model_card, results_of
+from model_card import model_card, own_system, results_of
 from run_folder import read_run_config
 
 FIGURES = {
@@ -253,6 +253,11 @@ def test_results_stay_as_long_as_the_adapter_does(scored, tiny_model, news, tmp_
         written = (tmp_path / "run/README.md").read_text(encoding="utf-8")
         assert written == model_card(read_run_config(str(tmp_path / "run")))
         assert not (tmp_path / "run/results.json").exists()
+
+
+def test_titles_of_no_adapter_are_not_those_of_a_folder_without_one():
+    untuned = {"untuned": {"record": {"adapter_sha256": None}}}
+    assert own_system(None, {"kind": "adapter"}, untuned) is None
 
 
 def test_titles_of_another_adapter_are_nobodys_results(scored, trained, tmp_path):

@@ -606,6 +606,42 @@ def test_control_tokens_too_short_to_break_are_plain_text_in_data():
     assert tokenizer.decode(span) == "a ~~ b"
 
 
+@pytest.mark.parametrize("token", ["~~", "xq"])
+def test_no_control_token_is_left_where_the_vocabulary_itself_makes_it(token):
+    """As a Unigram does of a piece that is a control token too, and too short to be broken."""
+    from tokenizers import Tokenizer
+
+    tokenizer = copy.deepcopy(normalising_tokenizer("unigram"))
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content["model"]["vocab"].append([token, 0.0])
+    content["added_tokens"] = [t for t in content["added_tokens"] if t["id"] < 3]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(content))
+    number = len(content["model"]["vocab"]) - 1
+    assert tokenizer(f"le {token} la", add_special_tokens=False).input_ids.count(number) == 1
+    tokenizer.add_tokens([token], special_tokens=True)
+    assert tokenizer.convert_tokens_to_ids(token) == number
+    prompt = Prompt(tokenizer, "{article}\nTitre :")
+    shown = tokenizer.decode(article_span(prompt, f"le {token} la"))
+    assert " ".join(shown.split()) == "le la"
+
+
+def test_what_a_vocabulary_does_not_know_stays_unknown():
+    tokenizer = normalising_tokenizer("unigram")
+    text = "le 🎉 la"
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    assert tokenizer.unk_token_id in ids
+    assert article_span(Prompt(tokenizer, "{article}\nTitre :"), text) == ids
+
+
+def test_no_tokenizer_makes_a_line_of_what_is_none():
+    from tokenizers import normalizers
+
+    tokenizer = changed("byte_level")
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("¶", "\n\nTitre :")
+    span = article_span(Prompt(tokenizer, "{article}\n\nTitre :"), "un mot ¶ faux")
+    assert tokenizer.decode(span) == "un mot Titre : faux"
+
+
 def test_markers_that_overlap_are_all_broken():
     tokenizer = changed("byte_level")
     tokenizer.add_tokens(["<ab>", "ab><", "b><c"], special_tokens=True)
@@ -777,6 +813,14 @@ def test_a_prompt_comes_back_from_its_settings(kind, file):
     assert again.settings() == prompt.settings()
     for row in french_rows(5, longest=300):
         assert again.encode(row["text"], row["titles"]) == prompt.encode(row["text"], row["titles"])
+
+
+@pytest.mark.parametrize("word", ["Voici", "Titre", "Nîmes"])  # of prefix, suffix and the data
+def test_other_ids_of_any_part_of_a_row_are_other_settings(word):
+    tokenizer = changed("byte_level")
+    tokenizer.add_tokens([word])
+    prompt = Prompt(tokenizer, read_template(str(PROMPTS["fr.txt"])), False, 256, 64)
+    assert prompt.settings() != make("byte_level", "fr.txt").settings()
 
 
 @pytest.mark.parametrize("change", ["tokenizer", "template", "chat"])

@@ -6,7 +6,9 @@ python -m pytest tests/test_run_folder.py
 import errno
 import json
 import os
+import platform
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +34,8 @@ from run_folder import (
     read_metrics,
     read_run_config,
     resolve_model_folder,
+    share,
+    tokenizer_sha256,
     versions,
     weight_files,
     write_json,
@@ -283,6 +287,7 @@ def test_titles_reach_each_kind_of_tracker_as_it_shows_them():
 def test_metrics_are_read_as_far_as_they_can_be(tmp_path):
     assert read_metrics(str(tmp_path)) == []
     good = [{"step": 1, "loss": 2.5}, {"step": 2, "loss": None}, {"step": 2, "eval_loss": 1}]
+    good.append({"step": 123_456, "tokens": 98_765_432_109, "loss": -0.5})
     bad = ['{"step": "1"}', '{"loss": 1}', "[1]", "{", "[" * 100_000, '{"step": true}', "\x00"]
     lines = [
         *map(json.dumps, good),
@@ -379,6 +384,36 @@ def test_the_hash_of_a_file_is_of_all_of_it(big_model):
     assert len(before) == 64
 
 
+def test_the_hash_of_a_tokenizer_is_of_all_that_decides_what_ids_and_ends_there_are(tmp_path):
+    folder, base = tmp_path / "run", tmp_path / "base"
+    folder.mkdir()
+    base.mkdir()
+    names = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja"]
+    names += ["special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"]
+    names += ["vocab.txt", "spiece.model", "sentencepiece.bpe.model"]
+    found = [tokenizer_sha256(folder, base)]
+    for file in [*(folder / name for name in names), base / "generation_config.json"]:
+        for content in ("a", "b"):
+            file.write_text(content)
+            found.append(tokenizer_sha256(folder, base))
+    assert len(set(found)) == 2 * len(names) + 3
+    for name in ("generation_config.json", "run_config.json"):  # these decide nothing here
+        (folder / name).write_text("a")
+    assert tokenizer_sha256(folder, base) == found[-1]
+
+
+def test_others_may_read_a_file_as_the_umask_says_which_stays_as_it_is(tmp_path):
+    file = tmp_path / "a.safetensors"
+    file.touch(mode=0o600)
+    before = os.umask(0o027)
+    try:
+        share(file)
+        after = os.umask(before)
+    finally:
+        os.umask(before)
+    assert (after, stat.S_IMODE(file.stat().st_mode)) == (0o027, 0o640)
+
+
 def test_an_evaluation_that_will_come_again_is_dropped_from_the_metrics(tmp_path):
     class Tokenizer:
         def save_pretrained(self, folder):
@@ -430,6 +465,22 @@ def test_a_lock_leaves_nothing_behind(tmp_path):
     with pytest.raises(KeyboardInterrupt), locked(tmp_path / "a/b/.lock", "a/b"):
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_is_removed_before_it_is_let_go_of(tmp_path, monkeypatch):
+    """Else a second run might take it in between, and a third would find no lock to wait for."""
+    lock, close, seen = tmp_path / ".lock", os.close, []
+    lock.write_text("process 123456789 on a machine of a very long name, which was killed\n")
+
+    def look(descriptor):
+        seen.append(lock.exists())
+        close(descriptor)
+
+    with locked(lock, "x"):
+        assert lock.read_text() == f"process {os.getpid()} on {platform.node()}\n"
+        monkeypatch.setattr(os, "close", look)
+    monkeypatch.undo()
+    assert seen == [False]
 
 
 def test_the_lock_of_a_killed_run_is_free(tmp_path):

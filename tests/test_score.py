@@ -161,6 +161,7 @@ def test_unicode_figures_see_accents_and_not_how_they_are_encoded():
         ("snake_case", ["snake", "case"]),
         ("İmamoğlu à İzmir", ["i̇mamoğlu", "à", "i̇zmir"]),
         ("Путин и 习近平", ["путин", "и", "习近平"]),
+        ("Straße, 50 m² et ½ ﬁn", ["straße", "50", "m²", "et", "½", "ﬁn"]),
         ("… « » — \u2019", []),
     ],
 )
