@@ -137,6 +137,8 @@ def base_config(folder: str, tell: bool = False):
     The base is frozen: `--lora_dropout` says all that is dropped. If `tell`, a note does too.
     """
     config = AutoConfig.from_pretrained(folder, **OWN_FILES_ONLY)
+    if getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None):
+        config._attn_implementation = "eager"  # transformers 5.17's choice passes over soft caps
     off = []
     for part in (config, *(part for part in vars(config).values() if hasattr(part, "to_dict"))):
         for name, value in vars(part).items():
