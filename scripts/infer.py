@@ -275,7 +275,7 @@ def write_one(args) -> None:
         decoding = decoding_of(args, settings)
         check_devices()
         prompt = make_prompt(source, base_folder, settings)
-        accelerator, model = load(source, base_folder, prompt, decoding, args.ddp_timeout)
+        accelerator, model, _ = load(source, base_folder, prompt, decoding, args.ddp_timeout)
         from modeling import check_ids
 
         ids = prompt.encode(text).ids
@@ -291,13 +291,13 @@ def write_one(args) -> None:
 
 def infer(args, columns, source, base_folder, prompt, decoding, record, stop, nodes):
     """Write the titles that the checked arguments ask for; return STOPPED if `stop` was asked."""
-    accelerator, model = load(source, base_folder, prompt, decoding, args.ddp_timeout)
+    loaded = load(source, base_folder, prompt, decoding, args.ddp_timeout)
+    accelerator, model, one_by_one = loaded
     import torch
     from accelerate.utils import tqdm
 
     from decoding import choose_max_batch_tokens
     from modeling import check_ids
-    from packing import padding_changes
 
     # ------------------------------------------------------------------ write titles
     articles, output_file = open_articles(args.input_file, columns, "test"), Path(args.output_file)
@@ -316,8 +316,7 @@ def infer(args, columns, source, base_folder, prompt, decoding, record, stop, no
         chosen = chosen or choose_max_batch_tokens(model, decoding.num_beams)
         chosen = torch.tensor([chosen], device=accelerator.device)
         record["max_batch_tokens"] = accelerator.gather(chosen).min().item()
-    with accelerator.autocast():
-        most = 1 if padding_changes(model) else record["max_batch_tokens"]
+    most = 1 if one_by_one else record["max_batch_tokens"]
     if num_done:
         note(f"going on after {num_done:,} titles of an earlier run")
     stop.listen()
@@ -540,7 +539,8 @@ def read_title(prompt, ends, new_ids: list[int]) -> Title:
 
 
 def load(source: dict, base_folder: Path, prompt, decoding: Decoding, timeout: float):
-    """Return the accelerator and, on its device, the model that `find_model` found."""
+    """Return the accelerator, on its device the model that `find_model` found, and whether that one
+    is to read its prompts one by one."""
     # These take seconds to import, which a complaint about the input should not have to wait for.
     with quick_imports():
         import torch
@@ -580,9 +580,10 @@ def load(source: dict, base_folder: Path, prompt, decoding: Decoding, timeout: f
         if source["weights"] == "nf4-bf16" or roomy:
             dequantize_base(model)
             dequantized = f"4-bit weights dequantized once, to {size / 2**30:.1f} GiB: faster"
+    one_by_one = False
     if why_not := use_packed_attention(model, longest):
         prompts = "shorter prompts of a batch are padded"
-        if padding_changes(model):
+        if one_by_one := padding_changes(model):
             prompts = "prompts are read one by one, for it says something else of padded ones"
         note(f"this model takes no packed rows ({why_not}); {prompts}")
     if decoding.num_samples > 1 and not can_share_prompts(model):  # copies would take the memory
@@ -595,7 +596,7 @@ def load(source: dict, base_folder: Path, prompt, decoding: Decoding, timeout: f
             round_lora(model, dtype)
     if dequantized:  # told once nothing is left to complain of
         note(dequantized)
-    return accelerator, model
+    return accelerator, model, one_by_one
 
 
 def find_base(source: dict) -> Path:

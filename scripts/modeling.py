@@ -88,7 +88,7 @@ def load_base(
     except torch.OutOfMemoryError:  # no fault of the files
         raise
     # Files that do not fit each other are a ValueError or a RuntimeError of transformers.
-    except (OSError, SafetensorError, ValueError, ImportError, RuntimeError, KeyError) as error:
+    except (OSError, SafetensorError, ValueError, ImportError, RuntimeError) as error:
         raise UserError(
             folder, f"the model cannot be loaded ({first_line(error)})", "check its files"
         ) from None

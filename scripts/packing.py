@@ -257,8 +257,6 @@ def padding_changes(model) -> bool:
     Raises:
         UserError: the model does not go through.
     """
-    if model.config.get_text_config()._attn_implementation == PACKED:
-        return False
     long, short = list(range(4, 30)), list(range(20, 30))
     columns = len(long) - len(short)
     padding = torch.tensor([[1] * len(long), [0] * columns + [1] * len(short)])

@@ -163,8 +163,10 @@ def describe_time(recent, lengths: dict, step: int, schedule) -> str:
     tokens = lengths["tokens"] * (updates - step) / updates_per_epoch
     seconds = tokens / pace
     minutes = round(seconds / 60)
-    duration = f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
-    duration = f"{seconds:.0f} s" if minutes < 10 else duration
+    if minutes >= 60:
+        duration = f"{minutes // 60} h {minutes % 60} min"
+    else:
+        duration = f"{minutes} min" if minutes >= 10 else f"{seconds:.0f} s"
     return (
         f"{'time':10} about {duration} for the {updates - step:,} updates to come, evaluations "
         f"apart ({pace:,.0f} tokens/s in the last {len(recent)})"

@@ -101,7 +101,6 @@ def test_of_long_articles_so_many_tokens_are_learnt_that_stand_for_all():
     assert drawn[0][0].article_labels != drawn[1][0].article_labels
     reseeded = learn_articles_too([long, short, bare], 0.1, 8, 3)
     assert drawn[0][0].article_labels != reseeded[0].article_labels
-    reseeded = learn_articles_too([long, short, bare], 0.1, 8, 3)
     assert drawn[1][0].article_labels != reseeded[0].article_labels  # nor by their sum
     # In 60 updates, each token of the article had its turn.
     turns = (learn_articles_too([long], 0.1, 7, step)[0].article_labels for step in range(60))

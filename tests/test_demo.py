@@ -41,8 +41,9 @@ def test_the_table_tells_the_reports_story(demo):
     print(rouge)
     assert rouge["adapter"] >= 2 * rouge["untuned"]
     assert rouge["adapter"] > 0.4
-    # Merging rounds to bf16, by which a title may take another turn, for better or worse: R-L was
-    # 0.003 more on one processor, 0.016 less on another. Chance explains that; more, it would not.
+    assert abs(rouge["merged"] - rouge["adapter"]) <= 0.01
+    # Merging rounds to bf16, by which a title may take another turn, for better or worse. That is
+    # chance, and no more; nor are logits far apart.
     merge_check = json.loads((folder / "out/merged/run_config.json").read_text())["merge_check"]
     assert merge_check["relative_difference"] < 0.03
 
