@@ -82,19 +82,7 @@ def check_model_folder(name: str, run_dir: str | None = None) -> None:
             "transformers would load the adapter beside this model, or another base, unasked",
             f"remove {ADAPTER_CONFIG}, or give the base and the adapter's run folder",
         )
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            # Such a file may be a pickle, or lie elsewhere: transformers joins path and name.
-            wrong = [f for f in files if not f.endswith(".safetensors") or Path(f).name != f]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(index, f"no index of weights ({error})", "restore the file") from None
-        if wrong:
-            raise UserError(
-                index, f"{min(wrong)!r} is no *.safetensors of this folder", "restore the file"
-            )
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder):
         check_safetensors(file)
 
 
@@ -533,12 +521,25 @@ def model_fingerprint(folder: Path) -> str:
 
 def weight_files(folder: Path) -> list[Path]:
     """Return the files that transformers reads the weights from; folders may hold copies in other
-    formats, and an index of shards that are there no more."""
+    formats, and an index of shards that are there no more.
+
+    Raises:
+        UserError: an index that is needed, and is none or names other files.
+    """
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.is_file() or not index.is_file():
         return [whole]
-    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    return [folder / name for name in sorted(set(weight_map.values()))]
+    try:
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        # Such a file may be a pickle, or lie elsewhere: transformers joins path and name.
+        wrong = [f for f in files if not f.endswith(".safetensors") or Path(f).name != f]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(index, f"no index of weights ({error})", "restore the file") from None
+    if wrong:
+        raise UserError(
+            index, f"{min(wrong)!r} is no *.safetensors of this folder", "restore the file"
+        )
+    return [folder / name for name in sorted(files)]
 
 
 def tokenizer_sha256(folder: Path, base_folder: Path) -> str:

@@ -116,6 +116,20 @@ def test_complaints_about_a_model_folder(tmp_path, small_model):
         assert complaint.endswith("); copy or download it again")
 
 
+def test_a_shard_that_is_missing_is_told_and_what_nobody_reads_is_not(small_model):
+    whole, shard = (small_model / f"model{number}.safetensors" for number in ("", "-1"))
+    index = {"weight_map": {"a": whole.name, "b": shard.name}}
+    (small_model / "model.safetensors.index.json").write_text(json.dumps(index))
+    (small_model / "consolidated.safetensors").write_text("a copy in another format, cut off")
+    check_model_folder(str(small_model))
+    whole.rename(small_model / "model-0.safetensors")
+    index["weight_map"]["a"] = "model-0.safetensors"
+    (small_model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert refusal(check_model_folder, str(small_model)).startswith(f"{shard}: not whole (")
+    shutil.copy(small_model / "model-0.safetensors", shard)
+    check_model_folder(str(small_model))
+
+
 def test_what_a_model_needs_is_fetched_and_nothing_twice(small_model, monkeypatch):
     from huggingface_hub.utils import filter_repo_objects
 
