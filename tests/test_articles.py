@@ -14,6 +14,7 @@ import time
 import tracemalloc
 import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import SCRIPTS, french_rows
@@ -158,6 +159,18 @@ def test_a_json_array_is_read_right_whatever_the_borders_of_the_buffer(
     assert read(str(tmp_path / "a.json")) == expected
 
 
+def test_a_long_element_is_not_decoded_anew_for_every_piece_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(articles, "CHUNK", 16)
+    decode, tries = json.JSONDecoder.raw_decode, []
+    monkeypatch.setattr(
+        json.JSONDecoder, "raw_decode", lambda *given: tries.append(1) or decode(*given)
+    )
+    text = "élu " * 50_000
+    (tmp_path / "a.json").write_text(json.dumps([{"text": text, "titles": "b"}]), encoding="utf-8")
+    assert read(str(tmp_path / "a.json")) == [{"id": "0", "text": text, "title": "b"}]
+    assert len(tries) < 25
+
+
 # ---------------------------------------------------------------------- open_articles
 
 
@@ -166,6 +179,7 @@ def test_the_dataset_has_the_same_rows_and_is_memory_mapped(tmp_path, name):
     path = write(tmp_path / name, ROWS)
     dataset = open_articles(path, Columns())
     assert list(dataset) == READ
+    assert {of.dtype for of in dataset.features.values()} == {"large_string"}  # beyond 2 GiB too
     assert dataset[[3, 1]]["id"] == ["nan", "1e3"]
     assert len(dataset.cache_files) == 1
     file = Path(dataset.cache_files[0]["filename"])
@@ -199,6 +213,21 @@ def test_rows_are_copied_in_batches_of_bounded_size():
     assert sizes == [1000, 1000, 500]
     assert [len(batch) for batch in articles._batches([large] * 5)] == [2, 2, 1]
     assert list(articles._batches([])) == []
+
+
+def test_a_file_that_takes_its_time_is_told_with_its_rows(tmp_path, monkeypatch, capsys):
+    path = write(tmp_path / "a.csv", french_rows(1234))
+    check_articles(path, Columns())
+    open_articles(path, Columns())
+    assert capsys.readouterr().out == ""
+    ticks = iter([0, 7, 10, 22])
+    monkeypatch.setattr(articles, "time", SimpleNamespace(perf_counter=ticks.__next__))
+    check_articles(path, Columns())
+    open_articles(path, Columns())
+    assert capsys.readouterr().out.splitlines() == [
+        f"NOTE: {path}: 1,234 rows checked in 7 s",
+        f"NOTE: {path}: 1,234 rows copied for random access in 12 s",
+    ]
 
 
 def test_a_changed_file_of_the_same_name_is_read_anew(tmp_path):
@@ -315,6 +344,16 @@ BAD_CSV = {
     ),
     "doubled ID": (f"{HEADER}1,a,b\n2,a,b\n1,a,b\n", ":4: ID '1' is there twice; make it unique"),
     "empty ID": (f"{HEADER}1,a,b\n,a,b\n", ":3: the column 'ID' is empty; fill it in"),
+    "blank ID": (f"{HEADER}1,a,b\n \t,a,b\n", ":3: the column 'ID' is empty; fill it in"),
+    "semicolons": (
+        "ID;text;titles\n1;a;b\n",
+        ":1: columns separated by ';'; separate them by commas",
+    ),
+    "tabs": (
+        "ID\ttext\ttitles\n1\ta\tb\n",
+        ":1: columns separated by '\\t'; separate them by commas",
+    ),
+    "bars": ("ID|text|titles\n1|a|b\n", ":1: columns separated by '|'; separate them by commas"),
 }
 BAD_LINES = {
     "empty file": ("", ": the file has no rows; give a file with at least one article"),
@@ -520,11 +559,26 @@ def test_complaints_about_paths(tmp_path):
     assert refusal(tmp_path / "none.csv") == ": there is no such file; check the path"
     assert refusal("data/none.csv") == ": there is no such file; check the path"
     assert refusal("none") == ": there is no such file; check the path"
+    assert refusal("data/more/none") == ": there is no such file; check the path"
     assert refusal(tmp_path) == ": this is a folder, not a file; give a file of articles"
     (tmp_path / "a.xlsx").write_bytes(b"PK")
     assert refusal(tmp_path / "a.xlsx") == (
         ": unknown kind of file; give one of .csv, .csv.gz, .json, .jsonl, .parquet"
     )
+
+
+def test_a_folder_that_is_called_as_a_dataset_is_asked_of_nobody(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data/news").mkdir(parents=True)
+    assert refusal("data/news") == ": this is a folder, not a file; give a file of articles"
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.json", "a.jsonl", "a.parquet"])
+def test_a_file_that_cannot_be_read_is_a_complaint(tmp_path, name):
+    (tmp_path / name).symlink_to("/proc/self/mem")  # whose first page nobody may read
+    complaint = refusal(tmp_path / name)
+    assert complaint.startswith(": cannot be read (")
+    assert complaint.endswith("); check the file")
 
 
 @pytest.mark.parametrize("path", ["owner/name", "owner/name:test", "data/articles.txt"])
@@ -555,7 +609,10 @@ def test_a_hub_dataset_is_read_in_the_split_that_it_names(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert check_articles("owner/name", Columns(), "validation").rows == 1
     assert read("owner/name:test")[0] == {"id": "3", "text": "a", "title": "owner/name test"}
-    assert asked == [("owner/name", "validation"), ("owner/name", "test")]
+    assert list(open_articles("owner/name", Columns(), "other")) == [
+        {"id": "3", "text": "a", "title": "owner/name other"}
+    ]
+    assert asked == [("owner/name", split) for split in ("validation", "test", "other")]
 
 
 # ---------------------------------------------------------------------- memory
