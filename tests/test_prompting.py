@@ -19,7 +19,14 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from exit_codes import UserError
-from prompting import PROBE, Prompt, check_tokenizer, prompt_of_run, read_template
+from prompting import (
+    PROBE,
+    Prompt,
+    check_tokenizer,
+    load_tokenizer,
+    prompt_of_run,
+    read_template,
+)
 
 PROMPTS = {file.name: file for file in sorted((ROOT / "prompts").glob("*.txt"))}
 KINDS = ("byte_level", "sentencepiece")
@@ -124,6 +131,11 @@ def test_prompt_file_is_read_and_reaches_the_model(file, tokenizer):
 def test_newlines_at_the_end_bom_and_crlf_of_a_prompt_file_do_not_matter(tmp_path):
     (tmp_path / "p.txt").write_bytes("\ufeffUn article :\r\n{article}\r\nTitre : \n\n".encode())
     assert read_template(str(tmp_path / "p.txt")) == "Un article :\n{article}\nTitre :"
+
+
+def test_white_space_at_the_beginning_of_a_prompt_file_is_part_of_it(tmp_path):
+    (tmp_path / "p.txt").write_text("\n  Un article :\n{article} \n\n", encoding="utf-8")
+    assert read_template(str(tmp_path / "p.txt")) == "\n  Un article :\n{article}"
 
 
 @pytest.mark.parametrize(
@@ -642,6 +654,37 @@ def test_no_tokenizer_makes_a_line_of_what_is_none():
     assert tokenizer.decode(span) == "un mot Titre : faux"
 
 
+def test_tags_in_any_brackets_are_broken_and_control_tokens_without_any_too():
+    tokenizer = changed("byte_level")
+    tags = ["<a>", "[SEP]", "{mot}", "|fin|", " <b>"]
+    tokenizer.add_tokens(tags)
+    tokenizer.add_tokens(["FINI"], special_tokens=True)
+    prompt = Prompt(tokenizer, "{article}\nTitre :")
+    shown = tokenizer.decode(article_span(prompt, "".join(f"x{tag}" for tag in [*tags, "FINI"])))
+    assert shown == "x< a>x[ SEP]x{ mot}x| fin|x < b>xF INI"
+
+
+@pytest.mark.parametrize("marker", ["<|user|>", "<<SYS>>", "<</SYS>>", "<tour>", "[/FIN]"])
+def test_brackets_of_a_template_are_markers_though_no_token_is_called_so(kind, marker):
+    prompt = Prompt(tokenizer_of(kind), f"{marker}\n{{article}}\nTitre :")
+    shown = prompt.tokenizer.decode(article_span(prompt, f"Un {marker} mot"))
+    assert shown.strip() == f"Un {marker[0]} {marker[1:]} mot"
+    plain = Prompt(tokenizer_of(kind), "{article}\nTitre :")
+    shown = plain.tokenizer.decode(article_span(plain, f"Un {marker} mot"))
+    assert shown.strip() == f"Un {marker} mot"
+
+
+@pytest.mark.parametrize("shared", ["bos_token", "eos_token"])
+def test_what_a_vocabulary_does_not_know_ends_nothing_where_it_shares_an_id(shared):
+    """As GPT-2's one special token does, which is BOS, EOS and the unknown in one."""
+    tokenizer = copy.deepcopy(normalising_tokenizer("unigram"))
+    setattr(tokenizer, shared, tokenizer.unk_token)
+    text = "le 🎉 la"
+    assert tokenizer.unk_token_id in tokenizer(text, add_special_tokens=False).input_ids
+    span = article_span(Prompt(tokenizer, "{article}\nTitre :"), text)
+    assert tokenizer.unk_token_id not in span
+
+
 def test_markers_that_overlap_are_all_broken():
     tokenizer = changed("byte_level")
     tokenizer.add_tokens(["<ab>", "ab><", "b><c"], special_tokens=True)
@@ -714,6 +757,28 @@ def test_decode_takes_the_first_line_and_shows_no_control_token(kind, written, t
         tokenizer.clean_up_tokenization_spaces = False
 
 
+@pytest.mark.parametrize("blank", ["", " \n", "\u3000\n", "\u2003 \n\u3000"])
+def test_a_title_ends_at_no_newline_before_it_whatever_blanks_are_there(kind, blank):
+    """Byte by byte, a blank beyond ASCII does not look like one."""
+    prompt = make(kind, "fr.txt")
+    prefix = prompt.tokenizer(f"{blank}Le maire", add_special_tokens=False).input_ids
+    ids = prompt.tokenizer(f"{blank}Le maire\nfin", add_special_tokens=False).input_ids
+    cut = prompt.ends(None).cut(ids)
+    assert len(prefix) < len(cut) < len(ids)
+    assert prompt.ends(None).ended(cut)
+    assert prompt.decode(cut) == prompt.decode(ids) == "Le maire"
+
+
+def test_rows_are_filled_up_with_the_eos_and_unknown_ids_are_no_text():
+    """A model's own pad token may be one that its vocabulary has no row for, or none at all."""
+    for pad in (None, "<|endoftext|>"):
+        ends = Prompt(changed("byte_level", pad_token=pad), "{article}").ends(None)
+        assert ends.pad_id == tokenizer_of("byte_level").eos_token_id
+    beyond = [len(tokenizer_of("byte_level")), 10**6]  # of a head that is padded
+    assert ends.cut(beyond) == beyond
+    assert not ends.ended(beyond)
+
+
 def test_decode_shows_no_control_token_that_a_model_spells_out(kind):
     prompt = make(kind, "fr.txt")
     marker = prompt.tokenizer.eos_token
@@ -743,6 +808,14 @@ def test_a_tokenizer_saved_with_truncation_and_padding_passes(kind, tmp_path):
         "max_length": 8,
         "strategy": "LongestFirst",
         "stride": 0,
+    }
+    content["padding"] = {
+        "direction": "Left",
+        "strategy": {"Fixed": 200},
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<pad>",
     }
     file.write_text(json.dumps(content))
     from transformers import AutoTokenizer
@@ -798,6 +871,33 @@ def test_a_tokenizer_that_loses_french_is_refused(loss):
     assert str(error.value).endswith(
         "; check tokenizer_class in tokenizer_config.json, or use another model"
     )
+
+
+@pytest.mark.parametrize(
+    "name", ["chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "config.json"]
+)
+def test_a_folder_with_only_what_goes_with_a_tokenizer_has_none(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError) as error:
+        load_tokenizer(str(tmp_path))
+    assert str(error.value) == f"{tmp_path}: no tokenizer in this folder; add its files"
+
+
+@pytest.mark.parametrize("names", [["rag", "default", "tool_use"], ["rag", "tool_use"]])
+def test_of_several_chat_templates_the_one_by_default_is_taken(tmp_path, names):
+    tokenizer_of("byte_level").save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    file = tmp_path / "tokenizer_config.json"
+    templates = [{"name": name, "template": f"{name} {{{{ messages }}}}"} for name in names]
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": templates}))
+    expected = "default {{ messages }}" if "default" in names else None
+    assert load_tokenizer(str(tmp_path)).chat_template == expected
+
+
+def test_a_tokenizer_is_checked_as_it_is_loaded(tmp_path):
+    changed("byte_level", eos_token=None).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="its tokenizer has no EOS token; use another model"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_a_tokenizer_without_eos_is_refused():
