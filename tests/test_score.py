@@ -254,7 +254,7 @@ def test_rows_are_paired_by_id(files):
         assert scores[name]["empty"] == 1
 
 
-def test_rows_are_their_own_ids_where_there_are_none(files):
+def test_rows_are_their_own_ids_where_there_are_none(files, capsys):
     shuffled = [3, 1, 0, 2]
     write_csv(files / "shuffled.csv", ["ID", "titles"], [[i, OTHER_TITLES[i]] for i in shuffled])
     write_csv(files / "plain.csv", ["titles"], [[title] for title in OTHER_TITLES])
@@ -264,6 +264,14 @@ def test_rows_are_their_own_ids_where_there_are_none(files):
     assert scores["a"]["rouge"]["default"]["rougeL"] > 0.2
     for name in ("shuffled", "plain", "numbers"):
         assert scores[name]["rouge"] == scores["a"]["rouge"]
+    assert "left aside" not in capsys.readouterr().out  # a JSONL has no details beside it
+
+
+def test_rows_without_ids_go_with_ids_that_count_them(files):
+    write_csv(files / "counted.csv", ["ID", "titles"], enumerate(TRUE_TITLES))
+    write_csv(files / "plain.csv", ["titles"], [[title] for title in OTHER_TITLES])
+    scores = scored(files, "plain.csv", references="counted.csv")
+    assert scores["predictions"]["plain"]["rouge"] == rouge_means(OTHER_TITLES, TRUE_TITLES)
 
 
 def test_other_names_of_columns(files):
@@ -388,6 +396,59 @@ def test_table_and_json_agree(files):
             assert len(lines) == (count or 0)
 
 
+def test_each_column_of_a_table_has_its_own_figure(files, capsys):
+    """Of titles of one line, R-L and R-Lsum are the same, and so would be columns mixed up."""
+    scores = scored(files, "a.csv", "b.csv")
+    capsys.readouterr()
+    system = scores["predictions"]["b"]
+    values = itertools.count(1)
+    for tokenizer, kind in itertools.product(("default", "unicode"), ROUGE_TYPES):
+        system["rouge"][tokenizer][kind] = next(values) / 16
+        system["intervals"][tokenizer][kind] = [next(values) / 16, next(values) / 16]
+        system["compared"][tokenizer][kind]["p"] = next(values) / 100
+    system["language"] = dict.fromkeys(system["language"])  # no title has a letter
+    tables = score.format_tables(scores).split("\n\n")
+    rows = [next(line for line in table.splitlines() if line[:2] == "b ") for table in tables]
+    assert rows[0].split()[1:] == [
+        *("0.0625", "0.3125", "0.5625", "0.6250-0.6875", ".120", "0.8125", "1.5625")
+    ]
+    assert rows[1].split()[3:6] == ["-", "-", "-"]
+
+
+def test_the_legend_tells_of_what_is_in_the_tables():
+    def said(rows, *names):
+        scores = {"references": {}, "rows": rows, "predictions": dict.fromkeys(names)}
+        return "\n".join(score.legend(scores | {"compared_to": names[0]}))
+
+    paired = "p: of a difference in R-L to a"
+    assert paired in said(2, "a", "b")
+    assert paired not in said(2, "a")
+    assert paired not in said(1, "a", "b")
+    few = "Of fewer than 30 titles, the intervals are too narrow."
+    assert few in said(29, "a")
+    assert few not in said(30, "a")
+
+
+@pytest.mark.parametrize(
+    ("p", "shown"),
+    [
+        (None, "-"),
+        (0.00099, "<.001"),
+        (0.001, ".001"),
+        (0.0476, ".048"),
+        (0.5, ".500"),
+        (1, "1.000"),
+    ],
+)
+def test_p_values_fit_their_column(p, shown):
+    assert score.format_p(p) == shown
+
+
+def test_names_fit_their_column():
+    assert score.short("a" * 17 + "b") == "a" * 17 + "b"
+    assert score.short("a" * 9 + "b" * 10) == "aaaaaaaa..bbbbbbbb"
+
+
 def test_the_same_files_give_the_same_output_and_nothing_else_is_touched(files, capsys):
     (files / "scores").mkdir()
     (files / "scores" / "notes.txt").write_text("mine")
@@ -481,6 +542,19 @@ def test_an_output_folder_that_cannot_be_written(files):
     )
 
 
+@pytest.mark.parametrize("name", ["scores.json", "flags.jsonl", "report.html", None])
+def test_all_that_is_written_has_its_place_before_anything_is_scored(tmp_path, monkeypatch, name):
+    if name:
+        (tmp_path / "out" / name).mkdir(parents=True)
+    else:
+        monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(UserError) as error:
+        score.make_output_dir(str(tmp_path / "out"))
+    assert str(error.value) == (
+        f"{tmp_path / 'out'}: {name or 'scores.json'} cannot be written; give another --output_dir"
+    )
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["a.csv"]])
 def test_help_and_complaints_wait_for_no_heavy_import(files, arguments):
     if arguments != ["--help"]:
@@ -539,6 +613,46 @@ def test_articles_of_a_file_of_their_own_in_another_order(files):
         scored(files, "a.csv", references="titles.csv", options=options)
 
 
+def test_articles_that_are_given_come_before_those_of_the_references(files):
+    texts = [[f"Voici {title}. Fin."] for title in OTHER_TITLES]
+    write_csv(files / "texts.csv", ["text"], texts)
+    options = ["--articles", str(files / "texts.csv"), "--baselines", "first1"]
+    scores = scored(files, "a.csv", options=options)
+    assert scores["articles"] == {
+        "path": str(files / "texts.csv"),
+        "rows": 4,
+        "sha256": scores["articles"]["sha256"],
+    }
+    assert scores["articles"]["sha256"] != scores["references"]["sha256"]
+    assert scores["predictions"]["first1"]["rouge"] == rouge_means(["Voici"] * 4, TRUE_TITLES)
+
+
+def test_datasets_of_the_hub_are_read_in_the_splits_that_are_meant(files, monkeypatch):
+    import datasets
+
+    asked = set()
+
+    def load_dataset(name, split):
+        asked.add((name, split))
+        titles = TRUE_TITLES if name == "owner/true" else OTHER_TITLES
+        return [{"ID": n, "text": "un article", "titles": t} for n, t in enumerate(titles)]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    arguments = ["--references", "owner/true", "--predictions", "A=owner/written"]
+    arguments += ["--output_dir", str(files / "out")]
+    expected = {("owner/true", "validation"), ("owner/written", "validation")}
+    for more, splits in (
+        ([], expected),
+        (["--articles", "owner/texts"], expected | {("owner/texts", "test")}),
+    ):
+        asked.clear()
+        score.main([*arguments, *more])
+        assert asked == splits
+        scores = json.loads((files / "out/scores.json").read_text(encoding="utf-8"))
+        assert scores["predictions"]["A"]["rouge"] == rouge_means(OTHER_TITLES, TRUE_TITLES)
+        assert scores["articles"]["path"] == (more or arguments)[1]
+
+
 def test_without_articles_only_what_needs_them_is_missing(files):
     write_csv(files / "titles.csv", ["titles"], [[title] for title in TRUE_TITLES])
     scores = scored(files, "a.csv", references="titles.csv")
@@ -582,16 +696,22 @@ def test_one_article_has_no_interval(files):
 
 def test_titles_that_were_cut_are_known_from_what_infer_wrote(files, capsys):
     record = {"model": "m", "adapter": None, "decoding": "greedy", "input": {"path": "x"}}
+    record |= {"max_new_tokens": 24, "precision": ["of another make"]}
     ends = ["eos", "length", "eos", "length"]
     rows = [
         {"id": str(row), "title": title, "raw": title, "num_new_tokens": 3, "stopped_by": end}
         for row, (title, end) in enumerate(zip(OTHER_TITLES, ends, strict=True))
     ]
     details = files / "a.jsonl"
-    details.write_text("\n".join(map(json.dumps, [record, *rows])), encoding="utf-8")
+
+    def write(*lines):
+        text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+        details.write_text(text, encoding="utf-8")
+
+    write(record, *rows)
     found = scored(files, "a.csv", "b.csv")["predictions"]
     assert (found["a"]["flags"]["cut"], found["b"]["flags"]["cut"]) == (2, None)
-    assert found["a"]["made_by"] == {"model": "m", "decoding": "greedy"}
+    assert found["a"]["made_by"] == {"model": "m", "decoding": "greedy", "max_new_tokens": 24}
     assert "left aside" not in capsys.readouterr().out
 
     # Whatever the order of the references.
@@ -602,8 +722,10 @@ def test_titles_that_were_cut_are_known_from_what_infer_wrote(files, capsys):
     flagged = map(json.loads, lines)
     assert [line["id"] for line in flagged if "cut" in line["flags"]] == ["3", "1"]
 
+    write([record], *rows)
+    assert scored(files, "a.csv")["predictions"]["a"]["flags"]["cut"] is None
     rows[0]["title"] = "un autre"  # of predictions that were edited since
-    details.write_text("\n".join(map(json.dumps, [record, *rows])), encoding="utf-8")
+    write(record, *rows)
     assert scored(files, "a.csv")["predictions"]["a"]["flags"]["cut"] is None
     assert f"NOTE: {details} is not of the titles in" in capsys.readouterr().out
     for damaged in ("", "{", "[]\n1", "{}\n{}", '{}\n{"id": []}'):
@@ -632,6 +754,7 @@ def test_options_that_cannot_be_used(files, options, complaint):
     [
         ([], "nothing to show: give --predictions, --baselines or --runs"),
         (["--predictions", "a.csv"], "--references: give the true titles, or at least the"),
+        (["--baselines", "lead1"], "--references: give the true titles, or at least the"),
         (["--articles", "a.csv", "--baselines", "ext-oracle"], "it chooses by the true titles"),
     ],
 )
