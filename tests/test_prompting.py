@@ -769,6 +769,15 @@ def test_a_title_ends_at_no_newline_before_it_whatever_blanks_are_there(kind, bl
     assert prompt.decode(cut) == prompt.decode(ids) == "Le maire"
 
 
+def test_a_newline_within_a_token_ends_a_title_after_text_only():
+    tokenizer = changed("byte_level")
+    tokenizer.add_tokens(["fin\n", "\nfin"])
+    after, before = len(tokenizer) - 2, len(tokenizer) - 1
+    ends = Prompt(tokenizer, "{article}").ends(None)
+    assert ends.cut([after, before]) == [after]
+    assert ends.cut([before, before, after]) == [before, before]
+
+
 def test_rows_are_filled_up_with_the_eos_and_unknown_ids_are_no_text():
     """A model's own pad token may be one that its vocabulary has no row for, or none at all."""
     for pad in (None, "<|endoftext|>"):
