@@ -108,6 +108,11 @@ def load_base(
                 advice = "give the model that it was made of"
             raise UserError(folder, f"{problem} ({error})", advice) from None
         keep_gradients_on_cpu(model)
+        if device.type == "cpu":
+            # What is not in NF4 lies in the mapped file, all of which would stay resident for it.
+            for parameter in model.parameters():
+                if not hasattr(parameter, "quant_state"):
+                    parameter.data = parameter.data.clone()
     model.requires_grad_(False)
     return model.eval()
 

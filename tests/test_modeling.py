@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from exit_codes import UserError
 from prompting import Prompt, load_tokenizer
 
 CPU = torch.device("cpu")
+MAPPED = Path("/proc/self/maps")
 
 
 def with_lora(base, **changes):
@@ -37,6 +39,17 @@ def test_the_base_is_nf4_with_the_asked_compute_dtype(tiny_model, dtype):
     assert {p.dtype for p in others} == {dtype}
     assert not any(p.requires_grad for p in model.parameters())
     assert not model.training
+
+
+@pytest.mark.skipif(not MAPPED.exists(), reason="only Linux lists the files that are mapped")
+def test_the_file_of_weights_does_not_stay_mapped_for_those_that_are_not_in_nf4(
+    tiny_model, tmp_path
+):
+    """With all that was read of it: 13 GB of a 7B."""
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    model = modeling.load_base(str(folder), CPU, torch.bfloat16, nf4=True)
+    assert f"{folder}/" not in MAPPED.read_text()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 @pytest.mark.parametrize(
