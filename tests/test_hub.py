@@ -118,13 +118,16 @@ def test_train_and_merge_push_at_their_end_and_only_if_asked(hub, tiny_model, ne
     # It is no other run for that; nothing is trained again.
     more = ("--resume_from_checkpoint", "latest", "--push_to_hub", "me/adapter")
     call(train.main, *train_options, *more)
-    merge_options = ("--run_dir", run_dir, "--output_dir", merged, "--check_rows", 0)
+    merge_options = ["--run_dir", run_dir, "--output_dir", merged, "--check_rows", 0]
     call(merge.main, *merge_options)
     assert [name for name, _ in hub.commits] == ["me/adapter"]
     call(merge.main, *merge_options, "--push_to_hub", "me/merged")  # it is there already
-    assert [name for name, _ in hub.commits] == ["me/adapter", "me/merged"]
-    assert "model.safetensors" in hub.commits[1][1]
-    assert json.loads(hub.commits[1][1]["run_config.json"])["kind"] == "merged"
+    merge_options[3] = tmp_path / "again"
+    call(merge.main, *merge_options, "--push_to_hub", "me/fresh")
+    assert [name for name, _ in hub.commits] == ["me/adapter", "me/merged", "me/fresh"]
+    for _, files in hub.commits[1:]:
+        assert "model.safetensors" in files
+        assert json.loads(files["run_config.json"])["kind"] == "merged"
 
 
 @pytest.mark.parametrize(
@@ -147,6 +150,15 @@ def test_what_cannot_be_pushed_is_refused_at_once(hub, monkeypatch, name, settin
         check_hub(name)
     assert str(error.value).startswith(f"--push_to_hub {name}: {complaint}")
     check_hub(None)
+
+
+def test_both_scripts_ask_before_anything_is_made(hub, tiny_model, news, tmp_path):
+    name = ("--push_to_hub", "a/b/c")
+    with pytest.raises(UserError, match="--push_to_hub a/b/c: no name of a model on the Hub"):
+        call(train.main, *train_args(tiny_model, news, tmp_path / "run", *name))
+    with pytest.raises(UserError, match="--push_to_hub a/b/c: no name of a model on the Hub"):
+        call(merge.main, "--run_dir", tmp_path / "none", "--output_dir", tmp_path / "m", *name)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_token_is_an_argument(capsys):

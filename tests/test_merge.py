@@ -21,13 +21,15 @@ from conftest import (
     train_args,
     write_csv,
 )
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import infer
 import merge
+import run_folder
 import train
 from exit_codes import UserError
-from run_folder import file_sha256
+from run_folder import file_sha256, model_fingerprint
 
 CPU = torch.device("cpu")
 TEXTS = [row["text"] for row in french_rows(6, seed=7)]
@@ -196,6 +198,7 @@ def test_in_fp32_the_merged_model_writes_the_titles_of_the_adapter(run_dir, tmp_
     call(merge.main, "--run_dir", copy, "--output_dir", tmp_path / "merged")
     merged_config = json.loads((tmp_path / "merged/run_config.json").read_text())
     assert merged_config["merge_check"]["relative_difference"] < 1e-4
+    assert json.loads((tmp_path / "merged/config.json").read_text())["dtype"] == "float32"
     prompt = prompt_of_run(load_tokenizer(str(copy)), config["prompt"], "")
     base = load_base(config["base_model"], CPU, torch.float32, nf4=True)
     with_adapter = dict(infer.generate_titles(attach_adapter(base, str(copy)), prompt, TEXTS))
@@ -230,6 +233,11 @@ def test_large_models_are_written_in_shards(run_dir, merged, tmp_path, monkeypat
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
     index = json.loads((tmp_path / "m/model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in whole.values())
+    sizes = [sum(t.nbytes for t in load_file(tmp_path / "m" / name).values()) for name in files]
+    assert max(sizes) <= 100_000
+    for size, after in zip(sizes, files[1:], strict=False):  # none is begun without need
+        first = next(name for name, file in index["weight_map"].items() if file == after)
+        assert size + whole[first].nbytes > 100_000
     from modeling import load_base
 
     one = load_base(str(tmp_path / "m"), CPU, torch.bfloat16, False)
@@ -242,6 +250,8 @@ def test_large_models_are_written_in_shards(run_dir, merged, tmp_path, monkeypat
     [
         ({"use_dora": True}, "use_dora is not supported here"),
         ({"lora_bias": True}, "lora_bias is not supported here"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out is not supported here"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save is not supported here"),
         ({"rank_pattern": {"(.*)*x": 8}}, "not numbers above 0 by names of layers"),
         ({"alpha_pattern": {"q_proj": "8"}}, "not numbers above 0 by names of layers"),
         ({"bias": "all"}, "bias is 'all', which is not supported here"),
@@ -255,6 +265,13 @@ def test_other_variants_are_refused_and_nothing_is_left(run_dir, tmp_path, chang
     with pytest.raises(UserError, match=message):
         call(merge.main, "--run_dir", copy, "--output_dir", tmp_path / "m")
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
+def test_settings_of_an_adapter_that_are_no_object_are_refused(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    (run / "adapter_config.json").write_text("[4]")
+    with pytest.raises(UserError, match=r"config.json: peft_type is \[4\], not 'LORA'; merge with"):
+        call(merge.main, "--run_dir", run, "--output_dir", tmp_path / "m")
 
 
 # ---------------------------------------------------------------------- any LoRA on linear layers
@@ -311,11 +328,12 @@ def test_patterns_and_rslora_are_merged_as_peft_does_and_inferred_alike(
         torch.testing.assert_close(tensor.float(), expected[name], rtol=2**-7, atol=1e-6, msg=name)
 
 
-def test_a_rank_that_the_matrices_do_not_have_is_refused_by_both(run_dir, tmp_path):
+@pytest.mark.parametrize("rank", [3, 5])
+def test_a_rank_that_the_matrices_do_not_have_is_refused_by_both(run_dir, tmp_path, rank):
     from modeling import attach_adapter, load_base
 
     tensors = load_file(run_dir / "adapter_model.safetensors")
-    run = with_adapter(run_dir, tmp_path / "run", tensors, rank_pattern={"q_proj": 3})
+    run = with_adapter(run_dir, tmp_path / "run", tensors, rank_pattern={"q_proj": rank})
     with pytest.raises(UserError, match="q_proj than its matrices have"):
         call(merge.main, "--run_dir", run, "--output_dir", tmp_path / "m")
     model = json.loads((run / "run_config.json").read_text())["base_model"]
@@ -352,14 +370,165 @@ def test_the_head_is_merged_where_it_is_its_own_and_refused_where_tied(run_dir, 
     assert check["relative_difference"] < 0.03
 
 
-def test_matrices_of_other_kinds_are_refused(trained, tmp_path):
+@pytest.mark.parametrize(
+    "name", ["layers.0.self_attn.q_proj.lora_magnitude_vector", "embed_tokens.base_layer.weight"]
+)
+def test_matrices_of_other_kinds_are_refused(trained, tmp_path, name):
+    """Such as the embeddings, which PEFT saves beside the rest where they were resized."""
     tensors = load_file(trained / "adapter_model.safetensors")
-    tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"] = torch.ones(
-        2
-    )
+    tensors[f"base_model.model.model.{name}"] = torch.ones(2)
     run = with_adapter(trained, tmp_path / "run", tensors)
-    with pytest.raises(UserError, match="lora_magnitude_vector is no matrix of LoRA on a linear"):
+    with pytest.raises(UserError, match=f"{name} is no matrix of LoRA on a linear"):
         call(merge.main, "--run_dir", run, "--output_dir", tmp_path / "m")
+
+
+QUERY = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {f"{QUERY}B.weight": None},
+        {f"{QUERY}B.weight": torch.ones(64, 3)},
+        {f"{QUERY}B.weight": torch.ones(65, 4)},
+        {f"{QUERY}A.weight": torch.ones(4, 65)},
+    ],
+    ids=["one alone", "another rank", "more rows", "more columns"],
+)
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_matrices_that_do_not_fit_are_refused(trained, tiny_model, tmp_path, change, prefix):
+    """Also where the base was saved without its head: its files have shorter names then."""
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    weights = {prefix + name.removeprefix("model."): t for name, t in weights.items()}
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    tensors = load_file(trained / "adapter_model.safetensors") | change
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    run = with_adapter(trained, tmp_path / "run", tensors)
+    problem = r"does not fit this base at model\S*0.self_attn.q_proj.weight"
+    if prefix:
+        with pytest.raises(UserError, match=problem):
+            merge.check_fit(base, run)
+    with pytest.raises(UserError, match=problem):
+        merge.Weights(base, run, **BF16)
+
+
+def test_a_layer_whose_weights_lie_in_the_files_by_no_name_is_refused(
+    trained, tiny_model, tmp_path
+):
+    """Or the merged model would be without it, and nobody would know."""
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    weights["other"] = weights.pop("model.layers.0.self_attn.q_proj.weight")
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    merge.check_fit(base, trained)
+    for nf4 in (True, False):
+        with pytest.raises(UserError, match=r"no tensor \S*0.self_attn.q_proj.weight in its files"):
+            merge.Weights(base, trained, torch.bfloat16, nf4)
+
+
+def test_a_layer_without_an_adapter_is_rounded_too_where_it_was_4_bit(
+    trained, tiny_model, tmp_path
+):
+    tensors = load_file(trained / "adapter_model.safetensors")
+    tensors = {name: tensor for name, tensor in tensors.items() if "q_proj" in name}
+    run = with_adapter(trained, tmp_path / "run", tensors, target_modules=["q_proj"])
+    weights = merge.Weights(tiny_model, run, **BF16)
+    for name, tensor in load_file(tiny_model / "model.safetensors").items():
+        expected = merge.round_to_nf4(tensor) if "_proj" in name else tensor
+        for base, before in (("dequantised", expected), ("original", tensor)):
+            same = torch.equal(weights.merged(name, base), before)
+            assert same != ("q_proj" in name), (name, base)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sum_is_rounded_once_whatever_the_adapter_is_stored_in(
+    trained, tiny_model, tmp_path, dtype
+):
+    tensors = load_file(trained / "adapter_model.safetensors")
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    run = with_adapter(trained, tmp_path / "run", tensors)
+    weights = merge.Weights(tiny_model, run, **BF16)
+    for name, tensor in load_file(tiny_model / "model.safetensors").items():
+        if "_proj" in name:
+            key = f"base_model.model.{name.removesuffix('.weight')}"
+            a, b = (tensors[f"{key}.lora_{matrix}.weight"].float() for matrix in "AB")
+            expected = (tensor.float() + 16 / 4 * (b @ a)).bfloat16()
+            assert torch.equal(weights.merged(name, "original"), expected)
+
+
+def in_shards(base, weights):
+    """Write the weights of a base into two files and an index in place of one."""
+    (base / "model.safetensors").unlink()
+    names = sorted(weights)
+    weight_map = {}
+    for number, part in enumerate((names[::2], names[1::2]), start=1):
+        file = f"model-{number:05d}-of-00002.safetensors"
+        save_file({name: weights[name] for name in part}, base / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def of_base(run, base):
+    """Make a base pass for the one that a run was trained on."""
+    record = json.loads((run / "run_config.json").read_text())
+    record |= {"base_model": str(base), "base_fingerprint": model_fingerprint(base)}
+    (run / "run_config.json").write_text(json.dumps(record))
+
+
+def test_a_base_in_shards_with_tensors_of_other_types(trained, tiny_model, tmp_path):
+    """Floating point becomes bf16, as in training; numbers of positions, for one, stay."""
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    (base / "generation_config.json").unlink()
+    weights = load_file(base / "model.safetensors")
+    positions = {"model.position_ids": torch.arange(1000, 1300)}
+    more = {"model.layers.0.rotary.inv_freq": torch.rand(16, dtype=torch.float64)}
+    norm = {"model.norm.weight": weights["model.norm.weight"].half() + 0.001}
+    everything = weights | positions | more | norm
+    in_shards(base, everything)
+    shapes = merge.shapes_in(run_folder.weight_files(base))
+    assert shapes == {name: tuple(tensor.shape) for name, tensor in everything.items()}
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"use_cache": False}))
+    run = shutil.copytree(trained, tmp_path / "run")
+    of_base(run, base)
+    options = ("--run_dir", run, "--output_dir", tmp_path / "m", "--base", "original")
+    call(merge.main, *options, "--check_rows", "1")
+    found = load_file(tmp_path / "m/model.safetensors")
+    rounded = {name: tensor.bfloat16() for name, tensor in (weights | more | norm).items()}
+    assert found.keys() == rounded.keys() | positions.keys()
+    for name, tensor in (rounded | positions).items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor) != ("_proj" in name), name
+    assert json.loads((tmp_path / "m/config.json").read_text())["use_cache"] is True
+    check = json.loads((tmp_path / "m/run_config.json").read_text())["merge_check"]
+    assert check["dequantised_base"]["relative_difference"] < check["relative_difference"]
+
+
+def test_a_tensor_that_is_larger_than_a_file_should_be_has_one_of_its_own(
+    trained, tiny_model, tmp_path, monkeypatch
+):
+    """As embeddings of many words may be; the first one too, and no file is without tensors."""
+    monkeypatch.setattr(merge, "MAX_SHARD_BYTES", 1)
+    weights = merge.Weights(tiny_model, trained, **BF16)
+    weights.write(tmp_path, "original", {})
+    held = []
+    for file in sorted(tmp_path.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as stream:
+            held.append(list(stream.keys()))
+            assert stream.metadata() == {"format": "pt"}  # which some readers ask for
+        assert int.from_bytes(file.read_bytes()[:8], "little") % 8 == 0  # where tensors begin
+    assert held == [[name] for name in weights.files]
+
+
+def test_weights_of_8_bits_are_refused(trained, tiny_model, tmp_path):
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"].to(torch.float8_e4m3fn)
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"model.norm.weight is F8_E4M3; convert the base to BF16"):
+        merge.Weights(base, trained, **BF16).write(tmp_path, "original", {})
 
 
 def test_the_check_has_the_logits_of_the_models_it_stands_for(run_dir, merged, monkeypatch):
@@ -387,9 +556,29 @@ def test_the_check_has_the_logits_of_the_models_it_stands_for(run_dir, merged, m
         difference = (last[which].float() - last["reference"].float()).norm()
         expected = (difference / last["reference"].float().norm()).item()
         # As the written files have it, and as it is worked out for the base that is not written.
+        same = (last[which].argmax(-1) == last["reference"].argmax(-1)).float().mean().item()
         for answer in found.values():
             assert answer[which]["relative_difference"] == pytest.approx(expected, rel=1e-4)
+            assert answer[which]["same_next_token"] == pytest.approx(same, abs=0.02)
             assert answer[which]["positions"] == 64 + 30 + 64
+    assert all(p.is_meta for p in weights.model.parameters())  # in memory for one of them at most
+
+
+def test_the_check_of_plain_lora_is_of_the_one_base_that_there_is(run_dir, merged):
+    base = json.loads((run_dir / "run_config.json").read_text())["base_model"]
+    weights = merge.Weights(merge.Path(base), run_dir, torch.bfloat16, nf4=False)
+    found = merge.compare_logits(weights, merged / "original", "original", [[5, 6, 7]], 0)
+    assert found.keys() == {"original"}
+    assert found["original"]["relative_difference"] < 0.03
+
+
+def test_an_adapter_that_is_not_finite_is_told_as_such(trained, tmp_path, capsys):
+    tensors = load_file(trained / "adapter_model.safetensors")
+    tensors[f"{QUERY}A.weight"][0, 0] = math.nan
+    run = with_adapter(trained, tmp_path / "run", tensors)
+    call(merge.main, "--run_dir", run, "--output_dir", tmp_path / "m", "--check_rows", "1")
+    assert "(the logits of base and adapter are not finite)" in capsys.readouterr().out
+    assert "merge_check" not in json.loads((tmp_path / "m/run_config.json").read_text())
 
 
 BF16 = {"dtype": torch.bfloat16, "nf4": True}
@@ -413,8 +602,9 @@ def test_a_merge_gives_back_what_it_has_changed_of_the_process(tmp_path):
     import signal
 
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit), merge.partial_folder(tmp_path / "m"):
+    with pytest.raises(SystemExit) as ended, merge.partial_folder(tmp_path / "m"):
         signal.raise_signal(signal.SIGTERM)
+    assert ended.value.code == 128 + signal.SIGTERM  # what a shell says of it
     assert signal.getsignal(signal.SIGTERM) == before
     assert not list(tmp_path.iterdir())
 
@@ -424,8 +614,40 @@ def test_the_check_of_both_bases_is_printed_and_kept(run_dir, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "logits of 2 prompts, dequantised base, against base + adapter: relative" in printed
     assert "logits of 2 prompts, original base, against base + adapter: relative" in printed
-    check = json.loads((tmp_path / "m/run_config.json").read_text())["merge_check"]
-    assert check["relative_difference"] < check["original_base"]["relative_difference"]
+    record = json.loads((tmp_path / "m/run_config.json").read_text())
+    check, other = record["merge_check"], record["merge_check"]["original_base"]
+    assert check["relative_difference"] < other["relative_difference"]
+    assert check.keys() == other.keys() | {"original_base"}
+    assert record["merge_versions"] == run_folder.versions()
+    lines = printed.splitlines()
+    for line, found in zip(lines[:2], (check, other), strict=True):
+        assert line.endswith(
+            f"base + adapter: relative difference {100 * found['relative_difference']:.2f}%, same "
+            f"next token at {100 * found['same_next_token']:.1f}% of {found['positions']} positions"
+        )
+    assert lines[2:] == [f"done: {tmp_path}/m, adapter merged into the dequantised base"]
+
+
+def test_a_sentence_that_stands_in_for_articles_is_counted_as_one(trained, tmp_path, capsys):
+    run = shutil.copytree(trained, tmp_path / "run")
+    record = json.loads((run / "run_config.json").read_text())
+    record["data"]["validation"]["path"] = "/gone/validation.csv"
+    (run / "run_config.json").write_text(json.dumps(record))
+    call(merge.main, "--run_dir", run, "--output_dir", tmp_path / "m")
+    assert "logits of 1 prompts, dequantised base" in capsys.readouterr().out
+
+
+def test_a_base_that_lies_elsewhere_now_is_taken_and_told(trained, tiny_model, tmp_path, capsys):
+    moved = shutil.copytree(tiny_model, tmp_path / "moved")
+    given = ("--run_dir", trained, "--check_rows", "0", "--model_name_or_path")
+    call(merge.main, *given, moved, "--output_dir", tmp_path / "m")
+    said = f"NOTE: --model_name_or_path '{moved}' overrides '{tiny_model}' of the run folder\n"
+    assert said in capsys.readouterr().out
+    call(merge.main, *given, tiny_model, "--output_dir", tmp_path / "same")
+    assert "overrides" not in capsys.readouterr().out
+    with pytest.raises(UserError) as error:  # it is the name that is wrong, and not the run's
+        call(merge.main, *given, tmp_path / "none", "--output_dir", tmp_path / "n")
+    assert str(error.value) == f"{tmp_path}/none: there is no such model folder; check the path"
 
 
 def test_which_articles_are_compared(tmp_path, capsys):
@@ -459,7 +681,8 @@ def test_a_check_that_a_model_does_not_go_through_costs_no_merge(
     def compare(*_):
         if fails:
             raise NotImplementedError("Cannot copy out of meta tensor; no data!")
-        return {"dequantised": {"relative_difference": math.nan}}
+        found = {"dequantised": math.nan, "original": 0.1}
+        return {base: {"relative_difference": value} for base, value in found.items()}
 
     monkeypatch.setattr(merge, "compare_logits", compare)
     call(merge.main, "--run_dir", trained, "--output_dir", tmp_path / "m", "--check_rows", "1")
@@ -474,8 +697,6 @@ def test_models_of_two_adapters_can_be_told_apart_by_what_is_read_of_them(
     trained, tmp_path, monkeypatch
 ):
     """Of a large file only its ends are, where an adapter of some layers changes nothing."""
-    import run_folder
-
     tensors = load_file(trained / "adapter_model.safetensors")
     other = with_adapter(trained, tmp_path / "other", {k: 2 * v for k, v in tensors.items()})
     found = set()
@@ -494,6 +715,9 @@ def test_where_a_merged_model_may_go(trained, tmp_path, monkeypatch):
     options = ("--run_dir", trained, "--check_rows", "0", "--output_dir")
     call(merge.main, *options, tmp_path / "link")
     assert (tmp_path / "scratch/config.json").is_file()
+    call(merge.main, *options, tmp_path / "new/deep/model")
+    folder, ordinary = tmp_path / "new/deep/model", tmp_path / "new"
+    assert folder.stat().st_mode == ordinary.stat().st_mode  # others may read it
     (tmp_path / "locked").mkdir()
     (tmp_path / "locked/.lock").touch()  # nothing could take this folder's place
     with pytest.raises(UserError, match=r"the folder is not empty \(it holds .lock\)"):
@@ -519,6 +743,7 @@ def test_where_a_merged_model_may_go(trained, tmp_path, monkeypatch):
     [
         (merge, "flush"),
         (merge, "write_json"),
+        (merge, "write_json of an index"),
         (merge.Path, "write_text"),
         (transformers.PreTrainedTokenizerBase, "save_pretrained"),
         (transformers.GenerationConfig, "save_pretrained"),
@@ -530,7 +755,9 @@ def test_a_disk_that_fills_up_is_one_line_whatever_is_written(
     def full(*_, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(where, name, full)
+    if name.endswith(" of an index"):
+        monkeypatch.setattr(merge, "MAX_SHARD_BYTES", 100_000)
+    monkeypatch.setattr(where, name.split()[0], full)
     with pytest.raises(UserError, match=r"cannot be written \(No space left on device"):
         call(merge.main, "--run_dir", trained, "--output_dir", tmp_path / "m", "--check_rows", "0")
     assert not list(tmp_path.iterdir())
@@ -556,6 +783,7 @@ def test_no_config_stands_beside_weights_before_all_is_done(trained, tmp_path, m
     call(merge.main, "--run_dir", trained, "--output_dir", tmp_path / "m", "--check_rows", "1")
     assert "model.safetensors" in seen[0]
     assert "config.json" not in seen[0]
+    assert any(name.startswith("m.partial-") for name in seen[0])  # whose it is, if it stays
     assert (tmp_path / "m/config.json").is_file()
 
 
@@ -678,6 +906,16 @@ def test_a_checkpoint_is_merged_as_the_run_would_be(run_dir, merged, tmp_path):
     same, changed, expected = (load_file(folder / "model.safetensors") for folder in files)
     assert all(torch.equal(same[name], expected[name]) for name in expected)
     assert not all(torch.equal(changed[name], expected[name]) for name in expected)
+
+
+def test_a_checkpoint_of_a_run_that_has_no_adapter_yet(run_dir, tmp_path):
+    run = shutil.copytree(run_dir, tmp_path / "run")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (run / name).unlink()
+    checkpoint = min((run / "checkpoints").iterdir())
+    call(merge.main, "--run_dir", checkpoint, "--output_dir", tmp_path / "m", "--check_rows", "1")
+    record = json.loads((tmp_path / "m/run_config.json").read_text())
+    assert record["adapter_sha256"] == file_sha256(checkpoint / "adapter_model.safetensors")
 
 
 def test_through_accelerate_launch(run_script, trained, tmp_path):
