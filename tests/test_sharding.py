@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -257,6 +258,7 @@ def test_the_config_is_what_is_counted_on(monkeypatch):
         ("FSDP_VERSION", "1", "fsdp_version 1: a layer's"),
         ("FSDP_VERSION", None, "fsdp_version 1: a layer's"),
         ("FSDP_AUTO_WRAP_POLICY", "NO_WRAP", "fsdp_auto_wrap_policy NO_WRAP: all"),
+        ("FSDP_AUTO_WRAP_POLICY", None, "fsdp_auto_wrap_policy no_wrap: all"),
         ("FSDP_RESHARD_AFTER_FORWARD", "false", "fsdp_reshard_after_forward false: all layers"),
         ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true", "fsdp_cpu_ram_efficient_loading true: weights"),
         ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params true: that"),
@@ -268,10 +270,44 @@ def test_other_settings_of_fsdp_are_refused(monkeypatch, name, value, problem):
         monkeypatch.delenv(key, raising=False)
         if setting is not None:
             monkeypatch.setenv(key, setting)
-    with pytest.raises(UserError, match=problem):
+    with pytest.raises(UserError, match=problem) as error:
         sharding.check_fsdp_config()
+    config = yaml.safe_load((ROOT / "accelerate_configs/fsdp.yaml").read_text())["fsdp_config"]
+    wanted = str(config.get(problem.split()[0], False)).lower()
+    assert str(error.value).endswith(f"; give {wanted}, as accelerate_configs/fsdp.yaml does")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
     sharding.check_fsdp_config()
+
+
+def test_nothing_is_cast_though_accelerate_is_told_of_bf16(monkeypatch):
+    """Gradients are summed in fp32, as the adapter is; a CPU would not show it, for Accelerate
+    tells the plugin there of no precision."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    assert sharding.fsdp_plugin() is None
+    for name, value in ASKED.items():
+        monkeypatch.setenv(name, value)
+    plugin = sharding.fsdp_plugin()
+    plugin.set_mixed_precision("bf16")  # as `Accelerator(mixed_precision="bf16")` does on a GPU
+    assert plugin.fsdp_version == 2
+    assert plugin.mixed_precision_policy == MixedPrecisionPolicy(None, None, None)
+
+
+@pytest.mark.parametrize("given", [None, ["LlamaMLP"]])
+def test_what_is_sharded_are_the_layers_that_are_there_inside_of_the_wrapper(tiny_model, given):
+    """Some families name layers too that a model of text alone has not."""
+    model = with_adapter(tiny_model, nf4=True, shardable=True)
+    inner = model.get_base_model()
+    inner._no_split_modules = ["LlamaDecoderLayer", "LlamaVisionLayer"]
+    linear = inner.get_submodule("model.layers.0.mlp.up_proj.base_layer")
+    linear.quant_state = None
+    plugin = SimpleNamespace(transformer_cls_names_to_wrap=given)
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    accelerator = SimpleNamespace(state=state, prepare=lambda *objects: objects)
+    assert sharding.shard(accelerator, model, "optimizer", tiny_model) == (inner, "optimizer")
+    assert plugin.transformer_cls_names_to_wrap == (given or ["LlamaDecoderLayer"])
+    # Its weight will be an ordinary tensor, which cannot say how it was quantized.
+    assert linear.quant_state is linear.weight.quant_state
 
 
 def test_a_single_process_of_no_launcher_is_refused(tiny_model, rows_17, tmp_path, monkeypatch):
@@ -413,11 +449,29 @@ model = adapted(sharded=True)
 adamw = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=False)
 model, _ = shard(accelerator, model, adamw, folder)
 whole = Whole(skeleton(folder, fp32), config, model, adamw)
+for name, parameter in whole.model.named_parameters():  # the base is not there once more
+    assert parameter.is_meta == ("lora_" not in name), name
+assert len(whole.pairs) == len(adamw.param_groups[0]["params"])
 ids = torch.tensor([[7, 8, 9]])
 with torch.no_grad():
     begun = model(input_ids=ids).logits
     fill(whole.gather()[0])
+    for parameter, _ in whole.pairs:
+        moments = dict(state1=torch.full_like(parameter, 0.5), state2=parameter.square())
+        whole.adamw.state[parameter] = dict(step=3) | moments
     whole.scatter()
+    assert not whole.adamw.state  # the shards have it now
+    _, again = whole.gather()
+    for parameter, shard in whole.pairs:
+        found = adamw.state[shard]
+        assert (found["step"].item(), found["step"].dtype) == (3, torch.float32)
+        assert found["exp_avg"].full_tensor().eq(0.5).all()
+        assert found["exp_avg_sq"].full_tensor().eq(parameter.new_tensor(0.1).square()).all()
+        if os.environ["RANK"] == "0":  # which alone saves it
+            assert again.state[parameter]["step"] == 3
+            assert again.state[parameter]["state1"].eq(0.5).all()
+    assert len(again.state) == (len(whole.pairs) if os.environ["RANK"] == "0" else 0)
+    again.state.clear()
     found = model(input_ids=ids).logits
     alone = adapted(sharded=False)
     fill(alone)
@@ -429,8 +483,11 @@ os._exit(0)
 
 
 def test_what_is_loaded_counts_in_layers_beside_the_decoders_too(tmp_path):
-    """They stay all-gathered from one forward pass to the next. (Of OPT-350m's kind, which projects
-    its embeddings; a Llama has no such linear layer.)"""
+    """So do AdamW's moments, and what is not trained is not there twice.
+
+    Such layers stay all-gathered from one forward pass to the next. (Of OPT-350m's kind, which
+    projects its embeddings; a Llama has no such linear layer.)
+    """
     settings = {"ffn_dim": 128, "word_embed_proj_dim": 32, "max_position_embeddings": 512}
     model = save(Family("OPTConfig", SIZES | settings), tmp_path / "model")
     probe = tmp_path / "probe.py"
