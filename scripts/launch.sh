@@ -35,7 +35,7 @@ STOP_FILE="$EXIT_CODE_FILE.stop"
 # is told not to take them back, but to pass on the one that is used here to end all of it.
 export EXIT_CODE_FILE STOP_FILE PET_SIGNALS_TO_HANDLE=SIGUSR2 ACCELERATE_CONFIG
 # On a CPU: glibc's caches of small blocks would keep it from using freed large ones again, which
-# takes a third more memory, or twice as much (README). Large blocks of a GPU's run are on the GPU.
+# takes a sixth more memory (README). Large blocks of a GPU's run are on the GPU.
 if grep -qsiE '^use_cpu: *(true|yes|on) *(#.*)?$' "$ACCELERATE_CONFIG"; then
   export GLIBC_TUNABLES="${GLIBC_TUNABLES-glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0}"
   export ACCELERATE_USE_CPU=true  # accelerate tells it to a single process alone
