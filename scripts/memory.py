@@ -34,7 +34,7 @@ WAYS = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}  # QLoRA p
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 MOMENTS = 8  # bytes of AdamW's two, in fp32, per weight that trains
 # On a CPU what counts is the resident set. Beside what is in use, it has Python with its libraries,
-# the kernels that libraries.py lets oneDNN keep, and holes that glibc leaves between tensors.
+# the kernels that libraries.py lets them keep, and holes that glibc leaves between tensors.
 # Fitted to runs of SmolLM2-135M on 2 cores (tests/benchmarks/results/estimates_cpu_kernels.json).
 CPU_EXTRA = int(0.65 * 2**30)
 HOLES = 1.4  # times what is in use
