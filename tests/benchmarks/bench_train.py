@@ -36,10 +36,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-# As the launchers and libraries.py do, for all loops alike: on a CPU, each takes less memory by it.
+# As the launchers do on a CPU, for all loops alike: each takes less memory by it.
 os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0")
-for cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
-    os.environ.setdefault(cache, "64")
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
