@@ -10,12 +10,13 @@ from conftest import SCRIPTS
 
 from libraries import quick_imports
 
-SET_THERE = ("TORCHDYNAMO_DISABLE", "LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+SET_THERE = ("TORCHDYNAMO_DISABLE", *CACHES)
 
 
-def printed(code: str) -> str:
+def printed(code: str, **more: str) -> str:
     """Return what Python prints of code that imports libraries.py in a process of its own."""
-    env = {name: value for name, value in os.environ.items() if name not in SET_THERE}
+    env = {name: value for name, value in os.environ.items() if name not in SET_THERE} | more
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=SCRIPTS, env=env, stdout=subprocess.PIPE, check=True)
     return done.stdout.decode().strip()
@@ -44,7 +45,10 @@ def test_bitsandbytes_does_not_bring_torchs_compiler():
 
 
 def test_kernels_of_ever_other_lengths_are_not_all_kept():
-    """Where torch has bf16 kernels of oneDNN, each length brought some megabytes."""
+    """Where torch has bf16 kernels of oneDNN, each length brought some megabytes.
+
+    How much, and how much free memory is kept besides, depends on the machine: both are measured.
+    """
     code = """
 import libraries, psutil, torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -60,4 +64,7 @@ def resident_after(lengths):
 before = resident_after(range(300, 400, 5))
 print((resident_after(range(400, 600, 5)) - before) >> 20)
 """
-    assert int(printed(code)) < 25  # MiB; hundreds without the lines in libraries.py
+    as_it_would_be = int(printed(code, **dict.fromkeys(CACHES, "1024")))  # MiB, of their defaults
+    if as_it_would_be < 100:
+        pytest.skip("torch has no such kernels for this CPU")
+    assert int(printed(code)) < as_it_would_be / 3
