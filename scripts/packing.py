@@ -13,6 +13,7 @@ import itertools
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -26,6 +27,9 @@ PACKED = "packed"  # its name among transformers' kinds of attention
 FAR = 0.2
 ROUNDING = 1e-5  # the same of fp32 logits, where nothing but the order of sums may change
 LEAKED = 0.01  # the same of bf16 logits of a row with one padding and with another
+# On a CPU, oneDNN compiles its products in bf16 for each length of an article, which takes longer
+# than the attention of a short one. Lengths are rounded up to a multiple of this.
+COMPILED = 32
 NOT_MADE_FOR_IT = (ValueError, TypeError, RuntimeError, LookupError)  # what models raise then
 
 
@@ -76,7 +80,14 @@ def packed_attention(module, query, key, value, attention_mask, **kwargs):
     # Split, not sliced: the gradient of a slice has the size of the row, once for each article.
     lengths = borders.diff().tolist()
     articles = zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True)
-    outputs = [sdpa_attention_forward(module, *article, None, **kwargs)[0] for article in articles]
+    in_bf16 = query.dtype == torch.bfloat16 or torch.is_autocast_enabled(query.device.type)
+    rounded_up = query.device.type == "cpu" and in_bf16
+    outputs = []
+    for length, article in zip(lengths, articles, strict=True):
+        if rounded_up:  # by what comes after the article, which it does not see
+            article = [F.pad(t, (0, 0, 0, -length % COMPILED)) for t in article]
+        output, _ = sdpa_attention_forward(module, *article, None, **kwargs)
+        outputs.append(output[:, :length])
     return torch.cat(outputs, dim=1), None
 
 

@@ -6,6 +6,7 @@ The row is compared with its articles by themselves, through plain attention.
 """
 
 import copy
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -106,6 +107,61 @@ def test_loss_and_gradients_are_those_of_single_articles_and_of_padding(family, 
     packed = loss_and_gradients(model, [pack(examples(), CPU)])
     assert_same(packed, single)
     assert_same(packed, padded)
+
+
+@pytest.fixture
+def lengths_met(monkeypatch) -> list[int]:
+    """The lengths of what sdpa is given for the articles of packed rows."""
+    met = []
+
+    def sdpa(module, query, *rest, **kwargs):
+        met.append(query.shape[2])
+        return sdpa_attention_forward(module, query, *rest, **kwargs)
+
+    monkeypatch.setattr("packing.sdpa_attention_forward", sdpa)
+    return met
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_in_bf16_a_cpu_meets_few_lengths_and_computes_the_same(lengths_met, autocast):
+    """For each length, oneDNN compiles; what is added to an article must not reach it."""
+    torch.manual_seed(0)
+    dtype = torch.float32 if autocast else torch.bfloat16
+    lengths = [1, 31, 32, 33, 50]
+    borders = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    query = torch.randn(1, 4, sum(lengths), 16, dtype=dtype, requires_grad=True)
+    key, value = (
+        torch.randn(1, 2, sum(lengths), 16, dtype=dtype, requires_grad=True) for _ in range(2)
+    )
+    module = SimpleNamespace(num_key_value_groups=2, is_causal=True, training=True)
+    upstream = torch.randn(1, sum(lengths), 4, 16)
+
+    def through(attention):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output = attention()
+        gradients = torch.autograd.grad((output * upstream).sum(), (query, key, value))
+        return [output, *gradients]
+
+    def packed():
+        borders_of_rows = {"cu_seq_lens_q": borders, "max_length_q": max(lengths)}
+        return packed_attention(module, query, key, value, None, **borders_of_rows)[0]
+
+    def one_by_one():
+        articles = zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True)
+        outputs = [sdpa_attention_forward(module, *article, None)[0] for article in articles]
+        return torch.cat(outputs, dim=1)
+
+    for found, expected in zip(through(packed), through(one_by_one), strict=True):
+        torch.testing.assert_close(found.float(), expected.float(), rtol=0.02, atol=0.02)
+    assert lengths_met == [32, 32, 32, 64, 64]
+
+
+def test_in_fp32_nothing_is_added_to_an_article(lengths_met):
+    row = torch.randn(1, 2, 40, 16)
+    module = SimpleNamespace(num_key_value_groups=1, is_causal=True, training=True)
+    borders = torch.tensor([0, 7, 40], dtype=torch.int32)
+    packed_attention(module, row, row, row, None, cu_seq_lens_q=borders, max_length_q=33)
+    assert lengths_met == [7, 33]
 
 
 def test_without_borders_it_is_ordinary_attention():
