@@ -36,7 +36,7 @@ from exit_codes import (
     writing,
 )
 from libraries import quick_imports
-from machine import check_devices, free_memory
+from machine import bf16_pays, check_devices, free_memory
 from nodes import Nodes, from_main_process, process_group
 from predictions import Parts, is_complete, own_files, part_file, part_files, write_line
 from prompting import PROMPTS, Prompt, load_tokenizer, prompt_of_run, read_template
@@ -560,6 +560,11 @@ def load(source: dict, base_folder: Path, prompt, decoding: Decoding, timeout: f
 
     nf4 = source["weights"] in ("nf4", "nf4-bf16")
     dtype = torch.bfloat16 if source["precision"] == "bf16" else torch.float32
+    if dtype == torch.bfloat16 and not bf16_pays():
+        advice = "--base_weights fp32 is faster, at twice the memory"
+        if nf4:  # whose weights stay as small
+            dtype, advice = torch.float32, "all is computed in fp32"
+        note(f"this CPU multiplies bf16 slowly; {advice}")
     # As in training, which runs under autocast; a merged model should do as it would elsewhere.
     autocast = dtype == torch.bfloat16 and (nf4 or bool(source["adapter"]))
     accelerator = Accelerator(

@@ -35,6 +35,7 @@ UNSUPPORTED_VARIABLES = {"ACCELERATE_USE_DEEPSPEED": DEEPSPEED}
 UNSUPPORTED_VARIABLES |= {"ACCELERATE_USE_MEGATRON_LM": MEGATRON}
 UNSUPPORTED_VARIABLES |= {"ACCELERATE_USE_PARALLELISM_CONFIG": PARALLELISM}
 YES = ("1", "true", "yes", "y", "on", "t")
+BF16_PRODUCTS = ("avx512_bf16", "amx_bf16", "bf16")  # of x86, the last of ARM
 
 
 def parse_args(argv=None):
@@ -209,6 +210,24 @@ def check_gpus(where: str, wanted: int, machines: int = 1) -> None:
             else "use accelerate_configs/cpu.yaml"
         )
         raise UserError(where, f"the config asks for {asked} and {there}", advice)
+
+
+def bf16_pays(on_cpu: bool = False) -> bool:
+    """Return whether products are faster in bf16 than in fp32 where this process computes.
+
+    They are on GPUs, and on CPUs with instructions for them. On others, torch takes 2 to 50 times
+    as long for them, most on those with AVX2 alone (pytorch issues 118499 and 146508).
+
+    Args:
+        on_cpu: even if there is a GPU, and nobody has said that it is to be left alone.
+    """
+    import torch
+
+    on_cpu = on_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in YES
+    if not on_cpu and torch.accelerator.is_available():
+        return True
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in BF16_PRODUCTS)
 
 
 def free_memory(device) -> int:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from exit_codes import ArgumentParser, UserError, run, writing
 from libraries import quick_imports
+from machine import bf16_pays
 from run_folder import share
 
 VERSION = 2  # of what is made; a folder made by another version is refused
@@ -461,7 +462,6 @@ def make_model(folder, seed: int, steps: int):
     ]
 
     torch.manual_seed(seed)
-    torch.set_float32_matmul_precision("medium")  # products in bf16 where the processor has them
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=256,  # all sizes are multiples of 64, the block of NF4
@@ -494,11 +494,13 @@ def make_model(folder, seed: int, steps: int):
         for optimizer in optimizers
     ]
 
+    in_bf16 = bf16_pays(on_cpu=True)
     batches = similar_batches(rows, 16, random.Random(seed))
     for step, batch in zip(range(1, steps + 1), batches, strict=False):
         inputs = pad_sequence(batch, batch_first=True)
         labels = pad_sequence(batch, batch_first=True, padding_value=-100)
-        loss = model(input_ids=inputs, labels=labels).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
+            loss = model(input_ids=inputs, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for part in (*optimizers, *schedules):

@@ -31,7 +31,7 @@ from exit_codes import (
 from hub import check_hub, push
 from hygiene import Survey, report_rows, report_titles
 from libraries import quick_imports
-from machine import check_devices, free_memory
+from machine import bf16_pays, check_devices, free_memory
 from nodes import Nodes, from_main_process, process_group
 from prompting import PROMPTS, Prompt, load_tokenizer, read_template
 from run_folder import (
@@ -62,6 +62,7 @@ WEIGHTS_HELP = "QLoRA; the same, dequantized once: faster, larger; plain LoRA"
 COOLDOWN_HELP = "share of the updates, the last ones, over which it falls to 0"
 PROMPT_LOSS_HELP = "weight of an article's token in the loss; a title's is 1"
 BEST_HELP = "figure of the validation that chooses the adapter"
+PRECISION_HELP = "default: bf16, or no (all in fp32) on a CPU that is slow in bf16"
 CHECKPOINTING_HELP = "auto: what memory asks for; none, full, or a number N for every Nth layer"
 
 
@@ -96,7 +97,7 @@ def parse_args(argv=None):
     add("--prompt_loss_weight", type=float, default=0.0, help=PROMPT_LOSS_HELP)
     add("--max_grad_norm", type=float, default=0.3, help="larger gradients are scaled down to it")
     add("--activation_checkpointing", default="auto", metavar="WHEN", help=CHECKPOINTING_HELP)
-    add("--mixed_precision", choices=["bf16", "no"], default="bf16", help="no: all in fp32")
+    add("--mixed_precision", choices=["bf16", "no"], help=PRECISION_HELP)
     add("--seed", type=int, default=42, help="of LoRA's first values, the articles' order, dropout")
     add = parser.add_argument_group("logging and output").add_argument
     add("--output_dir", required=True, help="the run's folder, new or empty")
@@ -202,6 +203,10 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
     # this variable would make it do behind the script's back.
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
     output_dir = Path(args.output_dir)
+    if args.mixed_precision is None:
+        args.mixed_precision = "bf16" if bf16_pays() else "no"
+        if args.mixed_precision == "no":
+            note("this CPU multiplies bf16 slowly; all is computed in fp32 (see --mixed_precision)")
     plugin = sharding.fsdp_plugin()  # None, unless the config of `accelerate launch` has FSDP
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,

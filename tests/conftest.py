@@ -186,6 +186,7 @@ def train_args(model, news, output_dir, *more) -> list[str]:
         *("--validation_file", str(news / "validation.csv"), "--output_dir", str(output_dir)),
         *("--lora_r", "4", "--max_length", "256", "--max_title_tokens", "24"),
         *("--learning_rate", "0.01", "--num_eval_titles", "3"),
+        *("--mixed_precision", "bf16"),  # on any CPU
         *map(str, more),
     ]
 

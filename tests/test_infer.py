@@ -435,6 +435,42 @@ def test_weights_that_are_not_4_bit_say_in_what_is_computed(
     assert (source["weights"], source["precision"]) == (asked or "nf4", precision)
 
 
+@pytest.mark.parametrize(
+    ("weights", "in_silicon", "dtype", "told"),
+    [
+        (None, True, "bfloat16", None),
+        (None, False, "float32", "this CPU multiplies bf16 slowly; all is computed in fp32"),
+        (
+            "bf16",
+            False,
+            "bfloat16",
+            "this CPU multiplies bf16 slowly; --base_weights fp32 is faster, at twice the memory",
+        ),
+        ("fp32", False, "float32", None),
+    ],
+)
+def test_in_fp32_where_the_cpu_is_slow_in_bf16(
+    trained, monkeypatch, capsys, weights, in_silicon, dtype, told
+):
+    """A 4-bit base takes little more memory by that; other weights keep their size unasked."""
+    import torch
+
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"amx_bf16": in_silicon})
+    write_batch, used = infer.write_batch, {}
+
+    def look(model, *arguments, **options):
+        used["dtype"] = model.get_input_embeddings().weight.dtype
+        used["autocast"] = torch.is_autocast_enabled("cpu")
+        return write_batch(model, *arguments, **options)
+
+    monkeypatch.setattr(infer, "write_batch", look)
+    more = ["--base_weights", weights] if weights else []
+    call(infer.main, "--run_dir", trained, "--text", "Le maire a parlé.", *more)
+    assert used == {"dtype": getattr(torch, dtype), "autocast": dtype == "bfloat16"}
+    notes = [line for line in capsys.readouterr().err.splitlines() if "this CPU" in line]
+    assert notes == ([f"NOTE: {told}"] if told else [])
+
+
 def test_more_tokens_at_least_than_the_run_has_at_most_are_refused(trained, news, tmp_path):
     with pytest.raises(UserError, match="--min_new_tokens 25: above the 24 tokens that a title"):
         call(

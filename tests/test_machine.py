@@ -194,6 +194,38 @@ def test_a_world_of_one_on_each_of_several_nodes_is_refused(monkeypatch, nodes, 
         )
 
 
+@pytest.mark.parametrize(
+    ("gpu", "variable", "on_cpu", "found", "pays"),
+    [
+        (False, None, False, {"avx512_bf16": True}, True),
+        (False, None, False, {"amx_bf16": True}, True),
+        (False, None, False, {"architecture": "aarch64", "bf16": True}, True),
+        (False, None, False, {"avx2": True, "avx512_f": True, "avx512_bf16": False}, False),
+        (True, None, False, {}, True),
+        (True, "false", False, {}, True),
+        (True, "True", False, {}, False),
+        (True, None, True, {}, False),
+    ],
+)
+def test_bf16_pays_where_there_are_instructions_for_it(
+    monkeypatch, gpu, variable, on_cpu, found, pays
+):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: gpu)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: found)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    if variable:
+        monkeypatch.setenv("ACCELERATE_USE_CPU", variable)
+    assert machine.bf16_pays(on_cpu) == pays
+
+
+def test_what_torch_says_of_this_cpu_has_the_names_that_are_asked_for():
+    import torch
+
+    found = torch.cpu.get_capabilities()
+    names = ("avx512_bf16", "amx_bf16") if found["architecture"] == "x86_64" else ("bf16",)
+    assert all(type(found[name]) is bool for name in names)
+
+
 def test_no_complaint_waits_for_torch(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text("distributed_type: DEEPSPEED\nnum_processes: 2\n")

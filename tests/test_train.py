@@ -608,6 +608,28 @@ def test_what_is_drawn_goes_by_the_seed_and_the_update(tiny_model, news, tmp_pat
     assert learnt == [(0.1, 7, step) for step in range(4)]
 
 
+@pytest.mark.parametrize(
+    ("asked", "in_silicon", "precision"),
+    [(None, True, "bf16"), (None, False, "no"), ("bf16", False, "bf16"), ("no", True, "no")],
+)
+def test_bf16_unless_the_cpu_is_slow_in_it(
+    asked, in_silicon, precision, tiny_model, news, tmp_path, monkeypatch, capsys
+):
+    """The report's bf16 where nobody says otherwise; without instructions for it, minutes become
+    hours."""
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": in_silicon})
+    args = train_args(tiny_model, news, tmp_path / "run", "--max_train_steps", "1")
+    start = args.index("--mixed_precision")
+    args[start : start + 2] = ["--mixed_precision", asked] if asked else []
+    call(train.main, *args)
+    run_config = json.loads((tmp_path / "run/run_config.json").read_text())
+    assert run_config["arguments"]["mixed_precision"] == precision
+    printed = capsys.readouterr().out
+    assert ("precision  bf16 autocast" in printed) == (precision == "bf16")
+    told = "NOTE: this CPU multiplies bf16 slowly; all is computed in fp32 (see --mixed_precision)"
+    assert (told in printed.splitlines()) == (asked is None and not in_silicon)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "no"])
 def test_autocast_is_on_in_training_and_in_evaluation(
     precision, tiny_model, news, tmp_path, monkeypatch
@@ -1123,7 +1145,7 @@ def test_defaults_are_the_reports():
     args = train.parse_args(["--model_name_or_path", "m", "--train_file", "t", "--output_dir", "o"])
     assert (args.num_train_epochs, args.per_device_train_batch_size) == (2, 4)
     assert (args.gradient_accumulation_steps, args.learning_rate) == (2, 2e-4)
-    assert (args.warmup_ratio, args.max_grad_norm, args.mixed_precision) == (0.03, 0.3, "bf16")
+    assert (args.warmup_ratio, args.max_grad_norm) == (0.03, 0.3)
     assert (args.lora_r, args.lora_alpha, args.lora_dropout) == (64, 16, 0.1)
     assert args.target_modules == ["all-linear"]
     assert (args.max_length, args.max_title_tokens, args.base_weights) == (1024, 128, "nf4")

@@ -123,7 +123,8 @@ def make_run(folder: Path, model: str, max_length: int, lora_r: int) -> None:
     from run_folder import ADAPTER_WEIGHTS, RUN_CONFIG, make_run_config, write_json
 
     files = ["--train_file", "none", "--output_dir", str(folder), "--max_length", str(max_length)]
-    args = train.parse_args(["--model_name_or_path", model, *files, "--lora_r", str(lora_r)])
+    more = ["--lora_r", str(lora_r), "--mixed_precision", "bf16"]
+    args = train.parse_args(["--model_name_or_path", model, *files, *more])
     tokenizer = load_tokenizer(model)
     prompt = Prompt(tokenizer, read_template(PROMPT_FILE), False, max_length, args.max_title_tokens)
     folder.mkdir()
