@@ -18,7 +18,8 @@ class StopRequest:
     From `listen()` on, a first SIGTERM, SIGINT or SIGUSR1 only asks: the script looks at `asked()`
     where nothing is half done. A second one ends the process at once. The file that STOP_FILE names
     asks as well: the launchers make it, for `accelerate launch` passes SIGUSR1 on to nobody. That
-    is no first signal: a scheduler that signals all processes signals the launcher too.
+    is no first signal: a scheduler that signals all processes signals the launcher too. A process
+    that is signalled makes it for the others, which may be far from where they would hear of it.
 
     Args:
         max_time: minutes from now on after which it counts as asked; None for no limit.
@@ -62,8 +63,9 @@ class StopRequest:
         """Return who asked, or None."""
         if self.signal is not None:
             return signal.Signals(self.signal).name
-        if self.file and Path(self.file).exists():
-            return "the launcher"
+        if self.file:
+            with suppress(OSError):  # nobody made it
+                return Path(self.file).read_text() or "the launcher"
         limited = time_counts and self.max_time is not None
         if limited and time.monotonic() - self.start >= 60 * self.max_time:
             return f"--max_time {self.max_time:g}"
@@ -76,6 +78,9 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.signal, self.when = number, time.monotonic()
+        if self.file:
+            with suppress(OSError):  # they hear of it later, then
+                Path(self.file).write_text("another process")
         if is_first_process():  # print() may have been what the signal interrupted
             message = b"\nstopping as soon as nothing is half done; once more to stop at once\n"
             with suppress(OSError):  # nobody reads it any more

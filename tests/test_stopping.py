@@ -385,6 +385,14 @@ def test_the_launchers_file_is_no_first_signal(tmp_path):
     assert process.returncode == -signal.SIGTERM
 
 
+def test_a_process_that_is_signalled_alone_tells_the_others(tmp_path):
+    """The others may be in an evaluation, at whose end alone they hear of each other."""
+    signalled, other = (start_loop("leave", STOP_FILE=str(tmp_path / "stop")) for _ in range(2))
+    signalled.send_signal(signal.SIGUSR1)
+    assert other.communicate(timeout=30)[0] == "another process\n"
+    assert signalled.communicate(timeout=30)[0] == "SIGUSR1\n"
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_ignoring_signals_is_not_inherited_from_the_launcher(number):
     code = "import time; from stopping import StopRequest\n"
