@@ -222,6 +222,7 @@ def measure(command: list[str], output: Path, warmup: int) -> dict:
 
 def run_peer(args) -> None:
     """Train with SFTTrainer on the ids that train.py would use, in its order."""
+    os.environ["TORCHDYNAMO_DISABLE"] = "0"  # libraries.py sets it, and a peer may compile
     if args.child == "unsloth":
         from unsloth import FastLanguageModel  # before the others: it patches them
     import torch
