@@ -560,11 +560,12 @@ def load(source: dict, base_folder: Path, prompt, decoding: Decoding, timeout: f
 
     nf4 = source["weights"] in ("nf4", "nf4-bf16")
     dtype = torch.bfloat16 if source["precision"] == "bf16" else torch.float32
+    notes = []  # told once nothing is left to complain of
     if dtype == torch.bfloat16 and not bf16_pays():
         advice = "--base_weights fp32 is faster, at twice the memory"
         if nf4:  # whose weights stay as small
             dtype, advice = torch.float32, "all is computed in fp32"
-        note(f"this CPU multiplies bf16 slowly; {advice}")
+        notes.append(f"this CPU multiplies bf16 slowly; {advice}")
     # As in training, which runs under autocast; a merged model should do as it would elsewhere.
     autocast = dtype == torch.bfloat16 and (nf4 or bool(source["adapter"]))
     accelerator = Accelerator(
@@ -575,7 +576,6 @@ def load(source: dict, base_folder: Path, prompt, decoding: Decoding, timeout: f
     weightless = skeleton(str(base_folder), dtype)
     check_kind(weightless, source["model"], nf4, bool(source["adapter"]), longest)
     model = load_base(str(base_folder), accelerator.device, dtype, nf4)
-    dequantized = None
     if nf4:
         shapes = (p.quant_state.shape for p in model.parameters() if hasattr(p, "quant_state"))
         size = sum(map(math.prod, shapes)) * dtype.itemsize
@@ -584,7 +584,7 @@ def load(source: dict, base_folder: Path, prompt, decoding: Decoding, timeout: f
         roomy = accelerator.device.type == "cpu" and size < free_memory(accelerator.device) / 2
         if source["weights"] == "nf4-bf16" or roomy:
             dequantize_base(model)
-            dequantized = f"4-bit weights dequantized once, to {size / 2**30:.1f} GiB: faster"
+            notes.append(f"4-bit weights dequantized once, to {size / 2**30:.1f} GiB: faster")
     one_by_one = False
     if why_not := use_packed_attention(model, longest):
         prompts = "shorter prompts of a batch are padded"
@@ -599,8 +599,8 @@ def load(source: dict, base_folder: Path, prompt, decoding: Decoding, timeout: f
         fuse_lora(model)
         if autocast:  # which would round the adapter for each token, to the same bits
             round_lora(model, dtype)
-    if dequantized:  # told once nothing is left to complain of
-        note(dequantized)
+    for text in notes:
+        note(text)
     return accelerator, model, one_by_one
 
 

@@ -203,10 +203,8 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
     # this variable would make it do behind the script's back.
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
     output_dir = Path(args.output_dir)
-    if args.mixed_precision is None:
-        args.mixed_precision = "bf16" if bf16_pays() else "no"
-        if args.mixed_precision == "no":
-            note("this CPU multiplies bf16 slowly; all is computed in fp32 (see --mixed_precision)")
+    slow_in_bf16 = not (args.mixed_precision or bf16_pays())
+    args.mixed_precision = args.mixed_precision or ("no" if slow_in_bf16 else "bf16")
     plugin = sharding.fsdp_plugin()  # None, unless the config of `accelerate launch` has FSDP
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
@@ -276,6 +274,8 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
     expected = expect(padded=bool(unpacked))
     if expected["this_run"] is None and not unpacked:
         expected = expect(padded=True)
+    if slow_in_bf16:
+        note("this CPU multiplies bf16 slowly; all is computed in fp32 (see --mixed_precision)")
     what = (adapted, prompt, checked, lengths, schedule, expected)
     print_once(plan.describe_plan(args, accelerator, *what), flush=True)
 
