@@ -24,7 +24,7 @@ from libraries import quick_imports
 from machine import bf16_pays
 from run_folder import share
 
-VERSION = 2  # of what is made; a folder made by another version is refused
+VERSION = 3  # of what is made; a folder made by another version is refused
 
 # One subject a block: "section | first number | step | objects", the title, the lead, the facts.
 # [a|b] is a choice of words, ~ a no-break space. The facts are {v} a town, {p} a person, {n} a
@@ -263,7 +263,7 @@ def parse_args(argv=None):
     group.add_argument("--output_dir", default="demo", help="new folder to write")
     group.add_argument("--train_rows", type=int, default=2000, help="articles")
     group.add_argument("--validation_rows", type=int, default=200, help="articles")
-    group.add_argument("--test_rows", type=int, default=100, help="articles")
+    group.add_argument("--test_rows", type=int, default=500, help="articles")
     group.add_argument("--seed", type=int, default=0, help="of corpus and model")
     group = parser.add_argument_group("model")
     group.add_argument(
