@@ -293,6 +293,7 @@ def infer(args, columns, source, base_folder, prompt, decoding, record, stop, no
     """Write the titles that the checked arguments ask for; return STOPPED if `stop` was asked."""
     loaded = load(source, base_folder, prompt, decoding, args.ddp_timeout)
     accelerator, model, one_by_one = loaded
+    record["precision"] = source["precision"]  # which is that of this machine by now
     import torch
     from accelerate.utils import tqdm
 
@@ -540,7 +541,10 @@ def read_title(prompt, ends, new_ids: list[int]) -> Title:
 
 def load(source: dict, base_folder: Path, prompt, decoding: Decoding, timeout: float):
     """Return the accelerator, on its device the model that `find_model` found, and whether that one
-    is to read its prompts one by one."""
+    is to read its prompts one by one.
+
+    A CPU that is slow in bf16 computes with a 4-bit base in fp32, and `source` says so then.
+    """
     # These take seconds to import, which a complaint about the input should not have to wait for.
     with quick_imports():
         import torch
@@ -565,6 +569,7 @@ def load(source: dict, base_folder: Path, prompt, decoding: Decoding, timeout: f
         advice = "--base_weights fp32 is faster, at twice the memory"
         if nf4:  # whose weights stay as small
             dtype, advice = torch.float32, "all is computed in fp32"
+            source["precision"] = "fp32"
         notes.append(f"this CPU multiplies bf16 slowly; {advice}")
     # As in training, which runs under autocast; a merged model should do as it would elsewhere.
     autocast = dtype == torch.bfloat16 and (nf4 or bool(source["adapter"]))

@@ -29,7 +29,7 @@ ROUNDING = 1e-5  # the same of fp32 logits, where nothing but the order of sums 
 LEAKED = 0.01  # the same of bf16 logits of a row with one padding and with another
 # On a CPU, oneDNN compiles its products in bf16 for each length of an article, which takes longer
 # than the attention of a short one. Lengths are rounded up to a multiple of this.
-COMPILED = 32
+LENGTHS = 32
 NOT_MADE_FOR_IT = (ValueError, TypeError, RuntimeError, LookupError)  # what models raise then
 
 
@@ -80,12 +80,13 @@ def packed_attention(module, query, key, value, attention_mask, **kwargs):
     # Split, not sliced: the gradient of a slice has the size of the row, once for each article.
     lengths = borders.diff().tolist()
     articles = zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True)
-    in_bf16 = query.dtype == torch.bfloat16 or torch.is_autocast_enabled(query.device.type)
-    rounded_up = query.device.type == "cpu" and in_bf16
+    rounded_up = query.device.type == "cpu" and (
+        query.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+    )
     outputs = []
     for length, article in zip(lengths, articles, strict=True):
         if rounded_up:  # by what comes after the article, which it does not see
-            article = [F.pad(t, (0, 0, 0, -length % COMPILED)) for t in article]
+            article = [F.pad(t, (0, 0, 0, -length % LENGTHS)) for t in article]
         output, _ = sdpa_attention_forward(module, *article, None, **kwargs)
         outputs.append(output[:, :length])
     return torch.cat(outputs, dim=1), None

@@ -39,10 +39,11 @@ def is_complete(output_file: Path, record: dict) -> bool:
 def same_settings(line: str, record: dict) -> bool:
     """Return whether titles under this header line go with those of this record.
 
-    Commit and paths may differ: what lies there is compared by its hashes. So may the tokens of a
+    Commit and paths may differ: what lies there is compared by its hashes. So may the precision,
+    which depends on the machine where adapter and kind of weights are the same, and the tokens of a
     batch where the record leaves them open.
     """
-    free = {"commit": None, "model": None, "adapter": None, "adapter_step": None}
+    free = dict.fromkeys(("commit", "model", "adapter", "adapter_step", "precision"))
     if record.get("max_batch_tokens") is None:
         free["max_batch_tokens"] = None
 

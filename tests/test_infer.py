@@ -471,6 +471,19 @@ def test_in_fp32_where_the_cpu_is_slow_in_bf16(
     assert notes == ([f"NOTE: {told}"] if told else [])
 
 
+def test_the_precision_that_is_recorded_is_the_machines(trained, news, tmp_path, monkeypatch):
+    """Elsewhere, the same titles are there already all the same."""
+    argv = ("--run_dir", trained, *args_for(news, tmp_path / "titles.csv"))
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {})
+    call(infer.main, *argv)
+    record, _ = details(tmp_path / "titles.jsonl")
+    assert (record["base_weights"], record["precision"]) == ("nf4", "fp32")
+    written = (tmp_path / "titles.csv").stat().st_mtime_ns
+    monkeypatch.undo()
+    call(infer.main, *argv)
+    assert (tmp_path / "titles.csv").stat().st_mtime_ns == written
+
+
 def test_more_tokens_at_least_than_the_run_has_at_most_are_refused(trained, news, tmp_path):
     with pytest.raises(UserError, match="--min_new_tokens 25: above the 24 tokens that a title"):
         call(
@@ -689,7 +702,7 @@ def test_titles_of_what_has_changed_under_its_name_are_not_taken_for_its_own(
 
 def test_every_setting_counts_but_what_only_names_things(predicted):
     record, _ = details(predicted / "adapter.jsonl")
-    free = {"commit", "model", "adapter", "adapter_step"}
+    free = {"commit", "model", "adapter", "adapter_step", "precision"}
     for name in record:
         other = json.dumps(record | {name: "another"})
         assert same_settings(other, record) == (name in free), name
