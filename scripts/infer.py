@@ -36,7 +36,7 @@ from exit_codes import (
     writing,
 )
 from libraries import quick_imports
-from machine import bf16_pays, check_devices, free_memory
+from machine import IN_FP32, SLOW_IN_BF16, bf16_pays, check_devices, free_memory
 from nodes import Nodes, from_main_process, process_group
 from predictions import Parts, is_complete, own_files, part_file, part_files, write_line
 from prompting import PROMPTS, Prompt, load_tokenizer, prompt_of_run, read_template
@@ -566,11 +566,11 @@ def load(source: dict, base_folder: Path, prompt, decoding: Decoding, timeout: f
     dtype = torch.bfloat16 if source["precision"] == "bf16" else torch.float32
     notes = []  # told once nothing is left to complain of
     if dtype == torch.bfloat16 and not bf16_pays():
-        advice = "--base_weights fp32 is faster, at twice the memory"
-        if nf4:  # whose weights stay as small
-            dtype, advice = torch.float32, "all is computed in fp32"
-            source["precision"] = "fp32"
-        notes.append(f"this CPU multiplies bf16 slowly; {advice}")
+        if source["weights"] == "nf4":
+            dtype, source["precision"], advice = torch.float32, "fp32", IN_FP32
+        else:  # in bf16 as it was made or asked for: unasked, it does not take twice the memory
+            advice = f"--base_weights {'nf4' if nf4 else 'fp32'} is faster"
+        notes.append(f"{SLOW_IN_BF16}; {advice}")
     # As in training, which runs under autocast; a merged model should do as it would elsewhere.
     autocast = dtype == torch.bfloat16 and (nf4 or bool(source["adapter"]))
     accelerator = Accelerator(

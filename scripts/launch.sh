@@ -91,6 +91,7 @@ launch() {
   # accelerate answers 1 to whatever went wrong; the script itself says what it was, if it could.
   [ "$code" = 0 ] || code="$(grep -vx 0 "$EXIT_CODE_FILE" || echo "${asked:+130}")"
   [ "$code" = 0 ] || leave "${code:-1}"
+  [ -n "$asked" ] || rm -f "$STOP_FILE"  # of a process that was signalled alone, and done by then
 }
 
 accelerated() {

@@ -14,7 +14,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which warns that th
 # torch's compiler, a seventh of all imports. Nothing here is compiled.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 # On a CPU, torch and oneDNN keep a kernel for each size of a product, the last 1,024 of each thread
-# and 1,024 in all. Attention has other sizes for each length: 4 MB an article, by two threads.
+# and 1,024 in all. Attention has other sizes for each length that it meets: 4 MB, by two threads.
 for cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
     os.environ.setdefault(cache, "64")
 

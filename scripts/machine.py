@@ -36,6 +36,8 @@ UNSUPPORTED_VARIABLES |= {"ACCELERATE_USE_MEGATRON_LM": MEGATRON}
 UNSUPPORTED_VARIABLES |= {"ACCELERATE_USE_PARALLELISM_CONFIG": PARALLELISM}
 YES = ("1", "true", "yes", "y", "on", "t")
 BF16_PRODUCTS = ("avx512_bf16", "amx_bf16", "bf16")  # of x86, the last of ARM
+SLOW_IN_BF16 = "this CPU multiplies bf16 slowly"
+IN_FP32 = "all but 4-bit weights is in fp32"
 
 
 def parse_args(argv=None):
@@ -215,11 +217,11 @@ def check_gpus(where: str, wanted: int, machines: int = 1) -> None:
 def bf16_pays(on_cpu: bool = False) -> bool:
     """Return whether products are faster in bf16 than in fp32 where this process computes.
 
-    They are on GPUs, and on CPUs with instructions for them. On others, torch takes 2 to 50 times
-    as long for them, most on those with AVX2 alone (pytorch issues 118499 and 146508).
+    GPUs are taken to be so, and CPUs with instructions for it are. On others, torch takes 2 times
+    as long, with AVX2 alone 50 times and more (pytorch issues 118499 and 146508).
 
     Args:
-        on_cpu: even if there is a GPU, and nobody has said that it is to be left alone.
+        on_cpu: ask of the CPU, even if this process would compute on a GPU.
     """
     import torch
 

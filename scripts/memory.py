@@ -174,7 +174,7 @@ def _peak_in_use(model, args, kind: str, size: MicroBatchSize, shards: int) -> i
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         # Not by `packing.send`: memory of fake tensors cannot be pinned.
         batch = {k: v.to(kind) if torch.is_tensor(v) else v for k, v in batch.items()}
-        if kind == "cpu":  # attention would ask for the borders' values
+        if kind == "cpu":  # attention would ask for the borders' values, and rounds up little
             batch.pop("cu_seq_lens_q", None)
         with _Count(model) as count:
             if args.gradient_accumulation_steps > 1 and shards == 1:

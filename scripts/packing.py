@@ -1,7 +1,8 @@
 """Attention over a packed row: several articles one after the other, none of which sees another.
 
-A packed row computes nothing for padding. Articles are kept apart by their lengths, which reach
-every layer as keyword arguments; there is no mask, whose size is the square of the row's.
+A packed row computes nothing for padding (on a CPU in bf16, attention for a few tokens). Articles
+are kept apart by their lengths, which reach every layer as keyword arguments; there is no mask,
+whose size is the square of the row's.
 
 A model that reads packed rows attends by `packed_attention` when it writes too: then without their
 lengths, for one new token of each sequence, by `attention_of_one_token` on a CPU and
@@ -29,7 +30,7 @@ ROUNDING = 1e-5  # the same of fp32 logits, where nothing but the order of sums 
 LEAKED = 0.01  # the same of bf16 logits of a row with one padding and with another
 # On a CPU, oneDNN compiles its products in bf16 for each length of an article, which takes longer
 # than the attention of a short one. Lengths are rounded up to a multiple of this.
-LENGTHS = 32
+LENGTH_STEP = 32
 NOT_MADE_FOR_IT = (ValueError, TypeError, RuntimeError, LookupError)  # what models raise then
 
 
@@ -80,13 +81,13 @@ def packed_attention(module, query, key, value, attention_mask, **kwargs):
     # Split, not sliced: the gradient of a slice has the size of the row, once for each article.
     lengths = borders.diff().tolist()
     articles = zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True)
-    rounded_up = query.device.type == "cpu" and (
-        query.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
-    )
+    in_bf16 = query.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+    # What is added comes after the article, which sees nothing of it if the attention is causal.
+    rounded_up = query.device.type == "cpu" and in_bf16 and getattr(module, "is_causal", True)
     outputs = []
     for length, article in zip(lengths, articles, strict=True):
-        if rounded_up:  # by what comes after the article, which it does not see
-            article = [F.pad(t, (0, 0, 0, -length % LENGTHS)) for t in article]
+        if rounded_up and length % LENGTH_STEP:
+            article = [F.pad(t, (0, 0, 0, -length % LENGTH_STEP)) for t in article]
         output, _ = sdpa_attention_forward(module, *article, None, **kwargs)
         outputs.append(output[:, :length])
     return torch.cat(outputs, dim=1), None

@@ -1,4 +1,4 @@
-"""Stopping when asked to: by a signal, by a time limit, or by the file that the launchers make."""
+"""Stopping when asked to: by a signal, by a time limit, or by a file that others make."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ class StopRequest:
     where nothing is half done. A second one ends the process at once. The file that STOP_FILE names
     asks as well: the launchers make it, for `accelerate launch` passes SIGUSR1 on to nobody. That
     is no first signal: a scheduler that signals all processes signals the launcher too. A process
-    that is signalled makes it for the others, which may be far from where they would hear of it.
+    that is signalled alone makes it too, for others far from where they would hear of it.
 
     Args:
         max_time: minutes from now on after which it counts as asked; None for no limit.

@@ -31,11 +31,12 @@ from exit_codes import (
 from hub import check_hub, push
 from hygiene import Survey, report_rows, report_titles
 from libraries import quick_imports
-from machine import bf16_pays, check_devices, free_memory
+from machine import IN_FP32, SLOW_IN_BF16, bf16_pays, check_devices, free_memory
 from nodes import Nodes, from_main_process, process_group
 from prompting import PROMPTS, Prompt, load_tokenizer, read_template
 from run_folder import (
     LOCK,
+    RUN_CONFIG,
     check_links,
     check_model_folder,
     check_output_dir,
@@ -45,6 +46,7 @@ from run_folder import (
     log_metrics,
     log_titles,
     make_run_config,
+    read_run_config,
     resolve_model_folder,
     write_run,
 )
@@ -180,13 +182,22 @@ def main(argv=None):
             raise LoneError("memory", f"not enough ({first_line(error)})", LESS_MEMORY) from None
 
 
+def default_precision(args) -> str:
+    """Return --mixed_precision where it is not given: that of the run that goes on, if one does."""
+    if args.resume_from_checkpoint and Path(args.output_dir, RUN_CONFIG).is_file():
+        recorded = read_run_config(args.output_dir)["arguments"].get("mixed_precision")
+        if recorded in ("bf16", "no"):
+            return recorded
+    return "bf16" if bf16_pays() else "no"
+
+
 def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
     """Run the training that the checked arguments ask for; return STOPPED if `stop` was asked."""
     # These take seconds to import, which a complaint about the input should not have to wait for.
     with quick_imports():
         import torch
         from accelerate import Accelerator
-        from accelerate.utils import broadcast_object_list, set_seed, tqdm
+        from accelerate.utils import broadcast_object_list, gather_object, set_seed, tqdm
         from bitsandbytes.optim import PagedAdamW32bit
         from peft import LoraConfig, get_peft_model
         from torch.optim import AdamW
@@ -203,8 +214,9 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
     # this variable would make it do behind the script's back.
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
     output_dir = Path(args.output_dir)
-    slow_in_bf16 = not (args.mixed_precision or bf16_pays())
-    args.mixed_precision = args.mixed_precision or ("no" if slow_in_bf16 else "bf16")
+    by_default = args.mixed_precision is None
+    if by_default:
+        args.mixed_precision = default_precision(args)
     plugin = sharding.fsdp_plugin()  # None, unless the config of `accelerate launch` has FSDP
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
@@ -214,6 +226,9 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
         kwargs_handlers=process_group(args.ddp_timeout),
     )
     keep_group()
+    if len(set(gather_object([args.mixed_precision]))) > 1:  # by the CPUs of several nodes
+        problem = "some of the processes have a CPU that is slow in bf16, and some have not"
+        raise UserError("--mixed_precision", problem, "give bf16 or no")
     device, num_processes = accelerator.device, accelerator.num_processes
     sharded = sharding.enable_fsdp(accelerator, plugin)
     print_once = accelerator.on_main_process(print)  # its own print() does so once per node
@@ -274,8 +289,10 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
     expected = expect(padded=bool(unpacked))
     if expected["this_run"] is None and not unpacked:
         expected = expect(padded=True)
-    if slow_in_bf16:
-        note("this CPU multiplies bf16 slowly; all is computed in fp32 (see --mixed_precision)")
+    if args.mixed_precision == "bf16" and not bf16_pays():
+        note(f"{SLOW_IN_BF16}; a run with --mixed_precision no is faster")
+    elif by_default and args.mixed_precision == "no":
+        note(f"{SLOW_IN_BF16}; {IN_FP32} (see --mixed_precision)")
     what = (adapted, prompt, checked, lengths, schedule, expected)
     print_once(plan.describe_plan(args, accelerator, *what), flush=True)
 

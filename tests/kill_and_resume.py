@@ -88,6 +88,7 @@ class Job:
         options = {"model_name_or_path": "model", "train_file": "train.csv", "lora_r": 16}
         options |= {"validation_file": "validation.csv", "output_dir": run_dir, "max_length": 256}
         options |= {"max_title_tokens": 24, "learning_rate": 0.01, "num_eval_titles": 8}
+        options |= {"mixed_precision": "bf16"}
         options |= {"checkpointing_steps": 4, "save_total_limit": 2}
         options |= {"resume_from_checkpoint": "latest"}
         return self._command("train.py", options)

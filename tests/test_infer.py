@@ -439,20 +439,16 @@ def test_weights_that_are_not_4_bit_say_in_what_is_computed(
     ("weights", "in_silicon", "dtype", "told"),
     [
         (None, True, "bfloat16", None),
-        (None, False, "float32", "this CPU multiplies bf16 slowly; all is computed in fp32"),
-        (
-            "bf16",
-            False,
-            "bfloat16",
-            "this CPU multiplies bf16 slowly; --base_weights fp32 is faster, at twice the memory",
-        ),
+        (None, False, "float32", "all but 4-bit weights is in fp32"),
+        ("nf4-bf16", False, "bfloat16", "--base_weights nf4 is faster"),
+        ("bf16", False, "bfloat16", "--base_weights fp32 is faster"),
         ("fp32", False, "float32", None),
     ],
 )
 def test_in_fp32_where_the_cpu_is_slow_in_bf16(
     trained, monkeypatch, capsys, weights, in_silicon, dtype, told
 ):
-    """A 4-bit base takes little more memory by that; other weights keep their size unasked."""
+    """A 4-bit base takes little more memory by that; other weights would take twice as much."""
     import torch
 
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"amx_bf16": in_silicon})
@@ -468,7 +464,7 @@ def test_in_fp32_where_the_cpu_is_slow_in_bf16(
     call(infer.main, "--run_dir", trained, "--text", "Le maire a parlé.", *more)
     assert used == {"dtype": getattr(torch, dtype), "autocast": dtype == "bfloat16"}
     notes = [line for line in capsys.readouterr().err.splitlines() if "this CPU" in line]
-    assert notes == ([f"NOTE: {told}"] if told else [])
+    assert notes == ([f"NOTE: this CPU multiplies bf16 slowly; {told}"] if told else [])
 
 
 def test_the_precision_that_is_recorded_is_the_machines(trained, news, tmp_path, monkeypatch):

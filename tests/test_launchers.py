@@ -40,6 +40,8 @@ if os.path.exists(os.environ["STOP_FILE"]):
     open(os.environ["EXIT_CODE_FILE"], "w").write("75\\n")
     sys.exit(1)
 open(os.environ["EXIT_CODE_FILE"], "w").write("0\\n")
+if calls == int(os.environ.get("ASK_AFTER_CALL", 0)):
+    open(os.environ["STOP_FILE"], "w").write("another process")
 """
 FAKE_PYTHON = """#!/bin/bash
 words="$(printf '%q ' "$@")"
@@ -210,6 +212,11 @@ def test_a_script_that_died_without_a_word_is_a_bug(launch, launcher, call):
 def test_a_rank_that_died_after_another_was_done_is_a_bug(launch):
     """The first process wrote 0 and the second was killed: accelerate answers 1."""
     launch(ROOT / "run_train.sh", code=1, FAIL_WITH="0", **REAL)
+
+
+def test_a_process_that_was_signalled_when_all_was_done_does_not_stop_the_next_step(launch):
+    calls, _ = launch(ROOT / "run_infer.sh", ASK_AFTER_CALL="1", **REAL)
+    assert len(calls) == 3
 
 
 @pytest.mark.parametrize(

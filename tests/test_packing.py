@@ -156,9 +156,10 @@ def test_in_bf16_a_cpu_meets_few_lengths_and_computes_the_same(lengths_met, auto
     assert lengths_met == [32, 32, 32, 64, 64]
 
 
-def test_in_fp32_nothing_is_added_to_an_article(lengths_met):
-    row = torch.randn(1, 2, 40, 16)
-    module = SimpleNamespace(num_key_value_groups=1, is_causal=True, training=True)
+@pytest.mark.parametrize(("dtype", "is_causal"), [("float32", True), ("bfloat16", False)])
+def test_nothing_is_added_in_fp32_or_where_an_article_would_see_it(lengths_met, dtype, is_causal):
+    row = torch.randn(1, 2, 40, 16, dtype=getattr(torch, dtype))
+    module = SimpleNamespace(num_key_value_groups=1, is_causal=is_causal, training=True)
     borders = torch.tensor([0, 7, 40], dtype=torch.int32)
     packed_attention(module, row, row, row, None, cu_seq_lens_q=borders, max_length_q=33)
     assert lengths_met == [7, 33]

@@ -181,6 +181,7 @@ def our_command(args, options: str, folder: str, output: Path) -> list[str]:
     command = [sys.executable, str(ROOT / "scripts/train.py")]
     command += ["--model_name_or_path", args.model, "--train_file", f"{folder}/train.jsonl"]
     command += ["--output_dir", str(output), "--num_train_epochs", "1", "--warmup_ratio", "0"]
+    command += ["--mixed_precision", "bf16"]
     for name in ("max_length", "lora_r", "lora_dropout"):
         command += [f"--{name}", str(getattr(args, name))]
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):

@@ -71,7 +71,8 @@ def run(args, options: str, rows: str, output_dir: Path) -> dict:
     command = [sys.executable, str(ROOT / "scripts/train.py"), "--train_file", rows]
     command += ["--model_name_or_path", args.model, "--output_dir", str(output_dir)]
     command += ["--num_train_epochs", "1", "--lora_r", "16", "--lora_dropout", "0"]
-    command += ["--activation_checkpointing", "none", *options.split()]
+    command += ["--mixed_precision", "bf16", "--activation_checkpointing", "none"]
+    command += options.split()
     printed = output_of(command)
     memory = json.loads((output_dir / "run_config.json").read_text())["memory"]
     lines = (output_dir / "metrics.jsonl").read_text().splitlines()
