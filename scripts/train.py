@@ -182,15 +182,6 @@ def main(argv=None):
             raise LoneError("memory", f"not enough ({first_line(error)})", LESS_MEMORY) from None
 
 
-def default_precision(args) -> str:
-    """Return --mixed_precision where it is not given: that of the run that goes on, if one does."""
-    if args.resume_from_checkpoint and Path(args.output_dir, RUN_CONFIG).is_file():
-        recorded = read_run_config(args.output_dir)["arguments"].get("mixed_precision")
-        if recorded in ("bf16", "no"):
-            return recorded
-    return "bf16" if bf16_pays() else "no"
-
-
 def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
     """Run the training that the checked arguments ask for; return STOPPED if `stop` was asked."""
     # These take seconds to import, which a complaint about the input should not have to wait for.
@@ -515,6 +506,15 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
     if args.push_to_hub and accelerator.is_main_process:
         push(args.output_dir, args.push_to_hub)
     return None
+
+
+def default_precision(args) -> str:
+    """Return --mixed_precision where it is not given: that of the run that goes on, if one does."""
+    if args.resume_from_checkpoint and Path(args.output_dir, RUN_CONFIG).is_file():
+        recorded = read_run_config(args.output_dir)["arguments"].get("mixed_precision")
+        if recorded in ("bf16", "no"):
+            return recorded
+    return "bf16" if bf16_pays() else "no"
 
 
 def choose_rows(accelerator, model, args):
