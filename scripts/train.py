@@ -205,9 +205,10 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
     # this variable would make it do behind the script's back.
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
     output_dir = Path(args.output_dir)
-    by_default = args.mixed_precision is None
-    if by_default:
-        args.mixed_precision = default_precision(args)
+    asked, slow_in_bf16 = args.mixed_precision, not bf16_pays()
+    default = "no" if slow_in_bf16 else "bf16"
+    # A run keeps its own, wherever it goes on.
+    args.mixed_precision = asked or recorded_precision(args) or default
     plugin = sharding.fsdp_plugin()  # None, unless the config of `accelerate launch` has FSDP
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
@@ -280,9 +281,9 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
     expected = expect(padded=bool(unpacked))
     if expected["this_run"] is None and not unpacked:
         expected = expect(padded=True)
-    if args.mixed_precision == "bf16" and not bf16_pays():
+    if slow_in_bf16 and args.mixed_precision == "bf16":
         note(f"{SLOW_IN_BF16}; a run with --mixed_precision no is faster")
-    elif by_default and args.mixed_precision == "no":
+    elif slow_in_bf16 and not asked:
         note(f"{SLOW_IN_BF16}; {IN_FP32} (see --mixed_precision)")
     what = (adapted, prompt, checked, lengths, schedule, expected)
     print_once(plan.describe_plan(args, accelerator, *what), flush=True)
@@ -508,13 +509,12 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
     return None
 
 
-def default_precision(args) -> str:
-    """Return --mixed_precision where it is not given: that of the run that goes on, if one does."""
-    if args.resume_from_checkpoint and Path(args.output_dir, RUN_CONFIG).is_file():
-        recorded = read_run_config(args.output_dir)["arguments"].get("mixed_precision")
-        if recorded in ("bf16", "no"):
-            return recorded
-    return "bf16" if bf16_pays() else "no"
+def recorded_precision(args) -> str | None:
+    """Return the --mixed_precision of the run that is to go on, or None if none is."""
+    if not args.resume_from_checkpoint or not Path(args.output_dir, RUN_CONFIG).is_file():
+        return None
+    recorded = read_run_config(args.output_dir)["arguments"].get("mixed_precision")
+    return recorded if recorded in ("bf16", "no") else None
 
 
 def choose_rows(accelerator, model, args):

@@ -649,6 +649,7 @@ def test_a_run_keeps_its_precision_on_another_cpu(
         run_config = json.loads((tmp_path / "run/run_config.json").read_text())
         assert run_config["arguments"]["mixed_precision"] == ("bf16" if in_silicon else "no")
         assert len(updates(tmp_path / "run")) == number
+        assert ("this CPU multiplies bf16 slowly" in capsys.readouterr().out) == (not found)
 
 
 def test_processes_on_cpus_of_both_kinds_are_told_to_agree(tiny_model, news, tmp_path, monkeypatch):
