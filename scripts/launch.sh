@@ -27,6 +27,7 @@ else
   RENDEZVOUS=(--main_process_ip "${HOSTS%%$'\n'*}"
     --main_process_port $((10000 + SLURM_JOB_ID % 20000)))
   RANK_OF_NODE='--machine_rank "$SLURM_NODEID"'  # not known before a node's own shell reads it
+  rm -f "slurm-$SLURM_JOB_ID".??????{,.stop}  # of an earlier start that lost this node
   EXIT_CODE_FILE="$(mktemp "$PWD/slurm-$SLURM_JOB_ID.XXXXXX")"  # where every node sees it
 fi
 STOP_FILE="$EXIT_CODE_FILE.stop"
@@ -94,9 +95,22 @@ launch() {
   [ -n "$asked" ] || rm -f "$STOP_FILE"  # of a process that was signalled alone, and done by then
 }
 
+# srun waits for a node that is gone until SLURM has noticed, which takes it minutes, while the
+# others stand idle. Once a process has told why it failed, all have so many seconds to end.
+give_up_on_nodes() {  # PID of srun, which takes its step with it
+  local left="${NODE_PATIENCE:-120}"
+  while kill -0 "$1"; do
+    sleep 5
+    ! grep -qvx 0 "$EXIT_CODE_FILE" || left=$((left - 5))
+    [ "$left" -gt 0 ] || kill -KILL "$1"
+  done
+}
+
 accelerated() {
   : > "$EXIT_CODE_FILE"
   trap '' TERM INT USR1 HUP
+  local srun=$BASHPID
+  [ "${#ON_NODES[@]}" = 0 ] || give_up_on_nodes "$srun" &> /dev/null &
   exec "${ON_NODES[@]}" bash -c "trap '' TERM INT USR1 HUP  # srun does not hand that on
     exec accelerate launch --quiet --config_file \"\$ACCELERATE_CONFIG\" $RANK_OF_NODE \"\$@\"" \
     - $OPTIONS "${RENDEZVOUS[@]}" "$@"

@@ -52,7 +52,7 @@ while True:
         sys.exit(code)
 """
 SRUN = """
-import os, signal, subprocess, sys
+import os, signal, subprocess, sys, time
 nodes = {nodes!r}
 at = next(n for n, word in enumerate(sys.argv[1:], 1) if not word.startswith("-"))
 wanted = {{"--ntasks-per-node=1", "--cpus-per-task=1", "--export=ALL", "--kill-on-bad-exit=0"}}
@@ -74,6 +74,8 @@ for number, node in enumerate(nodes):
 for number in ordinary:
     signal.signal(number, lambda number, _: [os.killpg(t.pid, number) for t in tasks])
 codes = [task.wait() for task in tasks]
+if -signal.SIGKILL in codes:
+    time.sleep(600)  # until SLURM has noticed that the node is gone
 sys.exit(max(code if code >= 0 else 128 - code for code in codes))
 """
 SCONTROL = """
@@ -126,6 +128,7 @@ class Job:
         (folder / "config.yaml").write_text(yaml.safe_dump(config | {"use_cpu": True}))
         settings = {"MODEL": model, "TRAIN_FILE": news / "train.csv", "RUN_DIR": self.run_dir}
         settings |= {"ACCELERATE_CONFIG": folder / "config.yaml", "SETUP": 0}
+        settings["NODE_PATIENCE"] = 5
         settings["PATH"] = f"{folder}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
         more = train_args("", news, "")
         self.process = subprocess.Popen(
