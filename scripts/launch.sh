@@ -109,8 +109,8 @@ give_up_on_nodes() {  # PID of srun, which takes its step with it
 accelerated() {
   : > "$EXIT_CODE_FILE"
   trap '' TERM INT USR1 HUP
-  local srun=$BASHPID
-  [ "${#ON_NODES[@]}" = 0 ] || give_up_on_nodes "$srun" &> /dev/null &
+  local srun=$BASHPID  # what this shell becomes
+  if [ "${#ON_NODES[@]}" != 0 ]; then give_up_on_nodes "$srun" &> /dev/null & fi
   exec "${ON_NODES[@]}" bash -c "trap '' TERM INT USR1 HUP  # srun does not hand that on
     exec accelerate launch --quiet --config_file \"\$ACCELERATE_CONFIG\" $RANK_OF_NODE \"\$@\"" \
     - $OPTIONS "${RENDEZVOUS[@]}" "$@"
