@@ -1,7 +1,7 @@
 """The launchers under SLURM itself: a cluster of two nodes, which are network namespaces.
 
 Needs its programs and root: apt-get install slurm-wlm munge iproute2 (tried with 22.05.8).
-Run: python -m pytest tests/test_slurm.py, about 3 minutes
+Run: python -m pytest tests/test_slurm.py, about 4 minutes
 """
 
 import csv
@@ -39,7 +39,6 @@ TaskPlugin=task/none
 SlurmdParameters=config_overrides
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
-SlurmdTimeout=30
 ReturnToService=2
 GresTypes=gpu
 NodeName=node1 NodeAddr=10.77.17.1 CPUs=8 RealMemory=40000 Gres=gpu:1
@@ -140,10 +139,11 @@ class Job:
         )
 
     def start_again(self, restarts: int):
-        """Wait until it is back in the queue, where SLURM would let it stay two minutes."""
+        """Wait until it is back in the queue, where SLURM would let it stay two minutes: nodes take
+        no job that was given back in the same second."""
         self.wait_for(lambda: self.state()["JobState"] == "PENDING", seconds=120)
         assert self.state()["Restarts"] == str(restarts)
-        self.cluster.ask("scontrol", "update", f"jobid={self.number}", "StartTime=now")
+        self.cluster.ask("scontrol", "update", f"jobid={self.number}", "StartTime=now+3")
 
     def end(self) -> tuple[str, str]:
         states = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
