@@ -249,6 +249,15 @@ def free_memory(device) -> int:
     return int(available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def resident_memory(device) -> int:
+    """Return the bytes that this process takes of the device's memory, beside tensors on a GPU."""
+    if device.type == "cuda":
+        return 0
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
 def _left_by_control_groups() -> float:
     """Return the bytes that this process may still take by the limits of its control groups, such
     as those of `sbatch --mem` or of a container (the kernel's cgroups, version 1 or 2)."""

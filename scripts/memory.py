@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from batching import MicroBatchSize, pack, pad_left
 from exit_codes import UserError
-from machine import free_memory
+from machine import free_memory, resident_memory
 from modeling import checkpoint_layers, decoder_linears, fuse_lora
 from packing import PACKED
 from prompting import Example
@@ -33,16 +33,24 @@ WAYS = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}  # QLoRA p
 # Bytes per weight of NF4 with double quantization: blocks of 64, then of 256 (QLoRA, section 3).
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 MOMENTS = 8  # bytes of AdamW's two, in fp32, per weight that trains
-# On a CPU what counts is the resident set. Beside what is in use, it has Python with its libraries,
-# the kernels that libraries.py lets them keep, and holes that glibc leaves between tensors.
+# On a CPU what counts is the resident set. Beside what it has when the plan is made, and what is in
+# use, it gets what the libraries have yet to load, the kernels that libraries.py lets them keep, and
+# holes that glibc leaves between tensors which come and go.
 # Fitted to runs of SmolLM2-135M on 2 cores (tests/benchmarks/results/estimates_cpu_kernels.json).
-CPU_EXTRA = int(0.65 * 2**30)
+CPU_EXTRA = int(0.25 * 2**30)
 HOLES = 1.4  # times what is in use
 UNTUNED_HOLES = 1.6  # where glibc is not told what scripts/launch.sh tells it
 
 
 def plan_memory(
-    base, lora_config, args, device, size: MicroBatchSize, shards: int = 1, room=None
+    base,
+    lora_config,
+    args,
+    device,
+    size: MicroBatchSize,
+    shards: int = 1,
+    room: int | None = None,
+    resident: int | None = None,
 ) -> dict:
     """Return which layers to checkpoint, and what training will take, for run_config.json.
 
@@ -54,6 +62,7 @@ def plan_memory(
         size: of `plan.largest_micro_batch`.
         shards: processes that the model is spread over; what is told is that of each.
         room: bytes that there were for all of it; None: those that there are now.
+        resident: bytes that this process took at that time; None: those that it takes now.
 
     Returns:
         `device`: its type; `shards`: as given.
@@ -68,9 +77,10 @@ def plan_memory(
         return trace(base, lora_config, args, device, size, full, every, shards)
 
     def peak(way: str, every: int) -> int | None:
-        return expected_peak(traced(way == "full", every), base, device, way, shards)
+        return expected_peak(traced(way == "full", every), base, device, way, shards, resident)
 
     room = free_memory(device) if room is None else room
+    resident = resident_memory(device) if resident is None else resident
     way = "qlora" if args.base_weights == "nf4" else "lora"  # dequantized, it is as large as that
     asked = args.activation_checkpointing
     choices = (0, 4, 2, 1) if asked == "auto" else (int({"none": 0, "full": 1}.get(asked, asked)),)
@@ -81,7 +91,7 @@ def plan_memory(
         choices = (0,)
     for every in choices:
         found = peak(way, every)
-        if found is not None and found < 0.9 * room:
+        if found is not None and found - resident < 0.9 * room:
             break
     estimate = {other: found if other == way else peak(other, every) for other in WAYS}
     record = {"device": device.type, "shards": shards, "checkpointed_every": every}
@@ -107,7 +117,7 @@ def trace(base, lora_config, args, device, size, full: bool, every: int, shards:
     return None
 
 
-def expected_peak(traced, base, device, way: str, shards: int = 1) -> int | None:
+def expected_peak(traced, base, device, way: str, shards: int, resident: int) -> int | None:
     """Return the bytes that training in one of WAYS takes at its peak; see `plan_memory`.
 
     On a GPU they are those allocated there; on a CPU, the whole resident set. What AdamW updates
@@ -115,6 +125,7 @@ def expected_peak(traced, base, device, way: str, shards: int = 1) -> int | None
 
     Args:
         traced: of `trace`, with the base's weights or with LoRA beside them.
+        resident: as in `plan_memory`.
     """
     if traced is None:
         return None
@@ -129,7 +140,10 @@ def expected_peak(traced, base, device, way: str, shards: int = 1) -> int | None
         fixed = _per_shard(model, way, shards)
     if device.type == "cpu":
         tuned = "tcache_count=0" in os.environ.get("GLIBC_TUNABLES", "")
-        return int(CPU_EXTRA + fixed + (HOLES if tuned else UNTUNED_HOLES) * in_use)
+        # Gradients stay, and leave no holes.
+        stay = sum(p.nbytes for p in model.parameters() if p.requires_grad) if shards == 1 else 0
+        in_use = stay + (HOLES if tuned else UNTUNED_HOLES) * (in_use - stay)
+        return int(resident + CPU_EXTRA + fixed + in_use)
     return int(fixed + in_use)
 
 
@@ -169,6 +183,7 @@ def _peak_in_use(model, args, kind: str, size: MicroBatchSize, shards: int) -> i
     batch = (pad_left if size.padded_rows else pack)(examples, torch.device("cpu"))
     with FakeTensorMode(allow_non_fake_inputs=True):  # those on meta, until they are moved
         model.to_empty(device=kind)
+        model.tie_weights()  # anew: tied ones have become two
         trainable = [p for p in model.parameters() if p.requires_grad]
         for parameter in trainable if shards > 1 else ():
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))

@@ -31,7 +31,14 @@ from exit_codes import (
 from hub import check_hub, push
 from hygiene import Survey, report_rows, report_titles
 from libraries import quick_imports
-from machine import IN_FP32, SLOW_IN_BF16, bf16_pays, check_devices, free_memory
+from machine import (
+    IN_FP32,
+    SLOW_IN_BF16,
+    bf16_pays,
+    check_devices,
+    free_memory,
+    resident_memory,
+)
 from nodes import Nodes, from_main_process, process_group
 from prompting import PROMPTS, Prompt, load_tokenizer, read_template
 from run_folder import (
@@ -266,12 +273,13 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
     )
     adapted = modeling.adapted_skeleton(skeleton, lora_config)
     shards = num_processes if sharded else 1
-    room = free_memory(device)
+    room, resident = free_memory(device), resident_memory(device)
 
     def expect(padded: bool) -> dict:
         """Return what `memory.plan_memory` says of this run."""
         size = plan.largest_micro_batch(lengths, args, num_processes, num_training_steps, padded)
-        expected = memory.plan_memory(skeleton, lora_config, args, device, size, shards, room)
+        setup = (skeleton, lora_config, args, device, size, shards)
+        expected = memory.plan_memory(*setup, room, resident)
         [expected] = broadcast_object_list([expected])  # others may have seen other free memory
         return expected | {"padded": padded}
 

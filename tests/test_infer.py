@@ -480,6 +480,14 @@ def test_the_precision_that_is_recorded_is_the_machines(trained, news, tmp_path,
     assert (tmp_path / "titles.csv").stat().st_mtime_ns == written
 
 
+def test_processes_on_cpus_of_both_kinds_write_no_titles(trained, news, tmp_path, monkeypatch):
+    """Half of them would be rounded otherwise, and the file's header would have one precision."""
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda own: [*own, "fp32"])
+    problem = "--base_weights nf4: some of the processes have a CPU that is slow in bf16, and some"
+    with pytest.raises(UserError, match=problem):
+        call(infer.main, "--run_dir", trained, *args_for(news, tmp_path / "titles.csv"))
+
+
 def test_more_tokens_at_least_than_the_run_has_at_most_are_refused(trained, news, tmp_path):
     with pytest.raises(UserError, match="--min_new_tokens 25: above the 24 tokens that a title"):
         call(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import byte_level_tokenizer, save_tiny_model
 
+import machine
 import memory
 from batching import MicroBatchSize, deal, pack, pad_left
 from exit_codes import UserError
@@ -17,6 +18,7 @@ from train import title_loss
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 MICRO_BATCH = MicroBatchSize(tokens=1024, labels=64)
+RESIDENT = 300 << 20
 
 
 def lora(base, dropout=0.0, r=16):
@@ -57,7 +59,7 @@ def expected(
 ):
     config, args = lora(base, dropout, r), arguments(**changes)
     found = memory.trace(base, config, args, device, size, way == "full", every, shards)
-    return memory.expected_peak(found, base, device, way, shards)
+    return memory.expected_peak(found, base, device, way, shards, RESIDENT * (device == CPU))
 
 
 TRACE = memory.trace
@@ -231,7 +233,8 @@ def test_a_7b_takes_seconds_and_no_memory(tmp_path):
 
 def plan(base, device=CPU, **changes):
     args = arguments(**changes)
-    return memory.plan_memory(base, lora(base), args, device, MICRO_BATCH)
+    resident = RESIDENT * (device == CPU)
+    return memory.plan_memory(base, lora(base), args, device, MICRO_BATCH, resident=resident)
 
 
 @pytest.mark.parametrize(("asked", "every"), [("none", 0), ("full", 1), ("3", 3)])
@@ -253,6 +256,32 @@ def test_checkpointing_begins_with_the_last_tenth_of_the_memory(base, monkeypatc
     room = 0.999 * expected(base) / 0.9
     monkeypatch.setattr(memory, "free_memory", lambda device: room)
     assert plan(base, CUDA)["checkpointed_every"] == 4
+
+
+def test_what_this_process_has_already_is_told_and_not_asked_for_again(base, monkeypatch):
+    """The libraries alone: torch's build with CUDA takes 0.3 GiB more than the one without."""
+    room = 1.001 * (expected(base, device=CPU) - RESIDENT) / 0.9
+    monkeypatch.setattr(memory, "free_memory", lambda device: room)
+    record = plan(base)
+    assert record["checkpointed_every"] == 0
+    monkeypatch.setattr(memory, "resident_memory", lambda device: RESIDENT + 12345)
+    later = memory.plan_memory(base, lora(base), arguments(), CPU, MICRO_BATCH)
+    assert later["this_run"] == record["this_run"] + 12345
+    block = bytearray(2**28)
+    block[:: 1 << 12] = bytes([1]) * len(block[:: 1 << 12])
+    before = machine.resident_memory(CPU)
+    del block
+    assert before - machine.resident_memory(CPU) > 2**27
+    assert machine.resident_memory(CUDA) == 0
+
+
+def test_tied_weights_are_counted_once(tmp_path):
+    folder = save_tiny_model(tmp_path / "tied", byte_level_tokenizer(), tie=True)
+    base = skeleton(str(folder), torch.bfloat16)
+    model, _ = memory.trace(base, lora(base), arguments(), CPU, MICRO_BATCH, True, 0, 1)
+    assert model.num_parameters() == base.num_parameters()
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    assert head.weight is embeddings.weight
 
 
 def test_adamw_keeps_as_many_bytes_of_each_number_as_are_counted():
