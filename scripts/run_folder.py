@@ -524,8 +524,13 @@ def weight_files(folder: Path) -> list[Path]:
     formats, and an index of shards that are there no more.
 
     Raises:
-        UserError: an index that is needed, and is none or names other files.
+        UserError: an index that is needed, and is none or names other files; or a config that names
+            other weights.
     """
+    config = folder / "config.json"
+    if "transformers_weights" in (_read_json(config) if config.is_file() else ""):
+        problem = "transformers would load the weights that its transformers_weights names, unasked"
+        raise UserError(config, problem, "remove that line, and call them model.safetensors")
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.is_file() or not index.is_file():
         return [whole]

@@ -370,6 +370,21 @@ def test_an_index_of_weights_names_no_other_files(tmp_path, mark, names, complai
     assert complaint in str(error.value)
 
 
+def test_a_config_names_no_other_weights(tmp_path):
+    """Neither the fingerprint nor the merge would be of those."""
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    model = save_tiny_model(tmp_path / "model", byte_level_tokenizer())
+    weights = load_file(model / "model.safetensors")
+    zeros = {name: weight.zero_() for name, weight in weights.items()}
+    save_file(zeros, model / "other.safetensors", metadata={"format": "pt"})
+    change_json(model / "config.json", transformers_weights="other.safetensors")
+    assert not AutoModelForCausalLM.from_pretrained(model).get_input_embeddings().weight.any()
+    with pytest.raises(UserError, match="config.json: transformers would load the weights that"):
+        check_model_folder(str(model))
+
+
 def test_transformers_would_load_a_pickle_that_an_index_names(tmp_path):
     """Only with weights_only, but a pickle it is: hence the refusal above."""
     import torch
