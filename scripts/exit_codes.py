@@ -155,6 +155,8 @@ def run(main) -> None:
 
     `accelerate launch` answers 1 whatever its script returned, so the code is also written to the
     file that the environment variable EXIT_CODE_FILE names; the launchers pass it on from there.
+    With `.over` at its end, that is the name of a file which says that the first process has ended
+    with another code than 0.
     Under several processes most ranks meet the same complaint and only the first one tells it; nor
     do others tell their code, for they may merely have lost the first one. What launched them ends
     all as soon as one has ended, so the others wait to be ended: the first one may be slower. If
@@ -201,6 +203,9 @@ def run(main) -> None:
     finally:  # whether or not the complaint could be printed
         if tell and (file := os.environ.get("EXIT_CODE_FILE")):
             _leave_code(Path(file), code, gives_way=lost or late or code == BUG)
+            if code != DONE and is_first_process():
+                with suppress(OSError):
+                    Path(f"{file}.over").touch()
         _flush_streams()  # or Python's last flush may be what fails
         _leave_group(code)
         sys.stdout, sys.stderr = streams

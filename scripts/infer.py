@@ -37,7 +37,7 @@ from exit_codes import (
 )
 from libraries import quick_imports
 from machine import IN_FP32, SLOW_IN_BF16, bf16_pays, check_devices, free_memory
-from nodes import Nodes, from_main_process, process_group
+from nodes import Nodes, check_precision, from_main_process, process_group
 from predictions import Parts, is_complete, own_files, part_file, part_files, write_line
 from prompting import PROMPTS, Prompt, load_tokenizer, prompt_of_run, read_template
 from run_folder import (
@@ -549,7 +549,6 @@ def load(source: dict, base_folder: Path, prompt, decoding: Decoding, timeout: f
     with quick_imports():
         import torch
         from accelerate import Accelerator
-        from accelerate.utils import gather_object
 
         from decoding import can_share_prompts
         from modeling import (
@@ -578,9 +577,7 @@ def load(source: dict, base_folder: Path, prompt, decoding: Decoding, timeout: f
         mixed_precision="bf16" if autocast else "no", kwargs_handlers=process_group(timeout)
     )
     keep_group()
-    if len(set(gather_object([source["precision"]]))) > 1:  # by the CPUs of several nodes
-        problem = "some of the processes have a CPU that is slow in bf16, and some have not"
-        raise UserError("--base_weights nf4", problem, "give nf4-bf16 or fp32")
+    check_precision("--base_weights nf4", source["precision"], "give nf4-bf16 or fp32")
     longest = prompt.max_length - prompt.max_title_tokens + decoding.max_new_tokens
     weightless = skeleton(str(base_folder), dtype)
     check_kind(weightless, source["model"], nf4, bool(source["adapter"]), longest)

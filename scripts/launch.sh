@@ -27,8 +27,9 @@ else
   RENDEZVOUS=(--main_process_ip "${HOSTS%%$'\n'*}"
     --main_process_port $((10000 + SLURM_JOB_ID % 20000)))
   RANK_OF_NODE='--machine_rank "$SLURM_NODEID"'  # not known before a node's own shell reads it
-  rm -f "slurm-$SLURM_JOB_ID".??????{,.stop}  # of an earlier start that lost this node
-  EXIT_CODE_FILE="$(mktemp "$PWD/slurm-$SLURM_JOB_ID.XXXXXX")"  # where every node sees it
+  [ "${SLURM_RESTART_COUNT:-0}" = 0 ] ||  # an earlier start may have lost this very node
+    rm -f "slurm-$SLURM_JOB_ID.code."*
+  EXIT_CODE_FILE="$(mktemp "$PWD/slurm-$SLURM_JOB_ID.code.XXXXXX")"  # where every node sees it
 fi
 STOP_FILE="$EXIT_CODE_FILE.stop"
 # A scheduler may signal every process of a job. What stands between this shell and the script must
@@ -42,7 +43,7 @@ if grep -qsiE '^use_cpu: *(true|yes|on) *(#.*)?$' "$ACCELERATE_CONFIG"; then
   export ACCELERATE_USE_CPU=true  # accelerate tells it to a single process alone
 fi
 job="" end="" asked="" asked_at=0  # from here on, for a signal may come between two scripts
-trap 'rm -f "$EXIT_CODE_FILE" "$STOP_FILE"' EXIT
+trap 'rm -f "$EXIT_CODE_FILE" "$EXIT_CODE_FILE.over" "$STOP_FILE"' EXIT
 ask() {
   if [ -z "$asked" ]; then
     asked="$1" asked_at=$SECONDS
@@ -96,21 +97,24 @@ launch() {
 }
 
 # srun waits for a node that is gone until SLURM has noticed, which takes it minutes, while the
-# others stand idle. Once a process has told why it failed, all have so many seconds to end.
+# others stand idle. Once the first process has failed, or saved, they have so many seconds to end.
 give_up_on_nodes() {  # PID of srun, which takes its step with it
+  trap '' USR2
   local left="${NODE_PATIENCE:-120}"
-  while kill -0 "$1"; do
-    sleep 5
-    ! grep -qvx 0 "$EXIT_CODE_FILE" || left=$((left - 5))
-    [ "$left" -gt 0 ] || kill -KILL "$1"
+  while sleep 5 && kill -0 "$1" 2> /dev/null; do
+    if [ -e "$EXIT_CODE_FILE.over" ] && [ $((left -= 5)) -le 0 ]; then
+      echo "some nodes have not ended; srun does not wait for them any longer" >&2
+      kill -KILL "$1"
+    fi
   done
 }
 
 accelerated() {
   : > "$EXIT_CODE_FILE"
+  rm -f "$EXIT_CODE_FILE.over"
   trap '' TERM INT USR1 HUP
   local srun=$BASHPID  # what this shell becomes
-  if [ "${#ON_NODES[@]}" != 0 ]; then give_up_on_nodes "$srun" &> /dev/null & fi
+  if [ "${#ON_NODES[@]}" != 0 ]; then give_up_on_nodes "$srun" & fi
   exec "${ON_NODES[@]}" bash -c "trap '' TERM INT USR1 HUP  # srun does not hand that on
     exec accelerate launch --quiet --config_file \"\$ACCELERATE_CONFIG\" $RANK_OF_NODE \"\$@\"" \
     - $OPTIONS "${RENDEZVOUS[@]}" "$@"

@@ -250,7 +250,8 @@ def free_memory(device) -> int:
 
 
 def resident_memory(device) -> int:
-    """Return the bytes that this process takes of the device's memory, beside tensors on a GPU."""
+    """Return the bytes of memory that this process takes, with the pages of files that it has read;
+    0 on a GPU, where no more than tensors are counted."""
     if device.type == "cuda":
         return 0
     import psutil

@@ -33,8 +33,8 @@ WAYS = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}  # QLoRA p
 # Bytes per weight of NF4 with double quantization: blocks of 64, then of 256 (QLoRA, section 3).
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 MOMENTS = 8  # bytes of AdamW's two, in fp32, per weight that trains
-# On a CPU what counts is the resident set. Beside what it has when the plan is made, and what is in
-# use, it gets what the libraries have yet to load, the kernels that libraries.py lets them keep, and
+# On a CPU what counts is the resident set. Beside what it is when the plan is made, and what is in
+# use, there are what libraries have yet to load, the kernels that libraries.py lets them keep, and
 # holes that glibc leaves between tensors which come and go.
 # Fitted to runs of SmolLM2-135M on 2 cores (tests/benchmarks/results/estimates_cpu_kernels.json).
 CPU_EXTRA = int(0.25 * 2**30)
@@ -67,7 +67,7 @@ def plan_memory(
     Returns:
         `device`: its type; `shards`: as given.
         `checkpointed_every`: N for every Nth layer, 0 for none; as asked for, or the least with
-        which the expected peak fits into nine tenths of the memory that nobody else has.
+        which all that is still to come fits into nine tenths of the memory that is free.
         `estimate`: the peak expected of each of WAYS, in bytes, None where the model does not go
         through this; `this_run`: that of this run.
     """
@@ -99,7 +99,8 @@ def plan_memory(
 
 
 def trace(base, lora_config, args, device, size, full: bool, every: int, shards: int):
-    """Return the model without its weights and `_peak_in_use`; None if it does not go through."""
+    """Return the model without its weights, and of `_peak_in_use` both; None if it does not go
+    through."""
     for kind in dict.fromkeys((device.type, "cpu")):  # the shapes are the same on both
         model = copy.deepcopy(base)
         try:
@@ -111,7 +112,7 @@ def trace(base, lora_config, args, device, size, full: bool, every: int, shards:
                 model = get_peft_model(model, lora_config)
                 fuse_lora(model)
             checkpoint_layers(model, every)
-            return model, _peak_in_use(model.train(), args, kind, size, shards)
+            return model, *_peak_in_use(model.train(), args, kind, size, shards)
         except Exception:  # whatever a model does that cannot be done without content
             continue
     return None
@@ -129,7 +130,7 @@ def expected_peak(traced, base, device, way: str, shards: int, resident: int) ->
     """
     if traced is None:
         return None
-    model, in_use = traced
+    model, in_use, stay = traced
     fixed = sum(p.nbytes + MOMENTS * p.requires_grad * p.numel() for p in model.parameters())
     if way == "qlora":
         weights = [layer.weight for layer in decoder_linears(base).values()]
@@ -140,10 +141,8 @@ def expected_peak(traced, base, device, way: str, shards: int, resident: int) ->
         fixed = _per_shard(model, way, shards)
     if device.type == "cpu":
         tuned = "tcache_count=0" in os.environ.get("GLIBC_TUNABLES", "")
-        # Gradients stay, and leave no holes.
-        stay = sum(p.nbytes for p in model.parameters() if p.requires_grad) if shards == 1 else 0
-        in_use = stay + (HOLES if tuned else UNTUNED_HOLES) * (in_use - stay)
-        return int(resident + CPU_EXTRA + fixed + in_use)
+        holes = HOLES if tuned else UNTUNED_HOLES
+        return int(resident + CPU_EXTRA + fixed + stay + holes * (in_use - stay))
     return int(fixed + in_use)
 
 
@@ -173,8 +172,9 @@ def _per_shard(model, way: str, shards: int) -> float:
     return (size + (4 + MOMENTS) * trained) / shards + scales + together
 
 
-def _peak_in_use(model, args, kind: str, size: MicroBatchSize, shards: int) -> int:
-    """Return the bytes beside the weights that live at a time, in a forward and backward pass.
+def _peak_in_use(model, args, kind: str, size: MicroBatchSize, shards: int) -> tuple[int, int]:
+    """Return the bytes beside the weights that live at a time, in a forward and backward pass, and
+    those of them that were there before it: gradients, to which it adds.
 
     Without gradients, which are given away as soon as they exist, where there are `shards`.
     """
@@ -195,12 +195,13 @@ def _peak_in_use(model, args, kind: str, size: MicroBatchSize, shards: int) -> i
             if args.gradient_accumulation_steps > 1 and shards == 1:
                 for parameter in trainable:
                     parameter.grad = torch.empty_like(parameter)  # of micro-batches before
+            stay = count.now
             with torch.autocast(kind, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
                 labels = batch.pop("labels").flatten()  # as in `title_loss` of train.py
                 logits = model(**batch, use_cache=False).logits.flatten(0, -2)
                 loss = F.cross_entropy(logits.float(), labels, reduction="sum")
             loss.backward()
-    return count.peak
+    return count.peak, stay
 
 
 class _Count(TorchDispatchMode):

@@ -216,6 +216,19 @@ def from_main_process(accelerator, do, *arguments):
     return result
 
 
+def check_precision(flag: str, precision: str, advice: str) -> None:
+    """Refuse, on all processes, that the CPUs of several nodes have led to several precisions.
+
+    Raises:
+        UserError: as said.
+    """
+    from accelerate.utils import gather_object
+
+    if len(set(gather_object([precision]))) > 1:
+        problem = "some of the processes have a CPU that is slow in bf16, and some have not"
+        raise UserError(flag, problem, advice)
+
+
 def process_group(timeout: float) -> list:
     """Return what `Accelerator` takes as `kwargs_handlers` for this timeout in seconds.
 

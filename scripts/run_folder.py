@@ -69,7 +69,13 @@ def check_model_folder(name: str, run_dir: str | None = None) -> None:
         return  # owner/name: the Hub's, or its local cache's, to find
     if not (folder / "config.json").is_file():
         raise UserError(name, "no config.json in this folder", "give the folder of a model")
-    _read_json(folder / "config.json")
+    config = _read_json(folder / "config.json")
+    if isinstance(config, dict) and config.get("transformers_weights"):
+        raise UserError(
+            folder / "config.json",
+            "transformers would load the weights that transformers_weights names, unasked",
+            "remove that line, and give a file of weights its usual name",
+        )
     if not any(folder.glob("*.safetensors")):
         raise UserError(
             name,
@@ -524,13 +530,8 @@ def weight_files(folder: Path) -> list[Path]:
     formats, and an index of shards that are there no more.
 
     Raises:
-        UserError: an index that is needed, and is none or names other files; or a config that names
-            other weights.
+        UserError: an index that is needed, and is none or names other files.
     """
-    config = folder / "config.json"
-    if "transformers_weights" in (_read_json(config) if config.is_file() else ""):
-        problem = "transformers would load the weights that its transformers_weights names, unasked"
-        raise UserError(config, problem, "remove that line, and call them model.safetensors")
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.is_file() or not index.is_file():
         return [whole]

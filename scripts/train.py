@@ -39,7 +39,7 @@ from machine import (
     free_memory,
     resident_memory,
 )
-from nodes import Nodes, from_main_process, process_group
+from nodes import Nodes, check_precision, from_main_process, process_group
 from prompting import PROMPTS, Prompt, load_tokenizer, read_template
 from run_folder import (
     LOCK,
@@ -195,7 +195,7 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
     with quick_imports():
         import torch
         from accelerate import Accelerator
-        from accelerate.utils import broadcast_object_list, gather_object, set_seed, tqdm
+        from accelerate.utils import broadcast_object_list, set_seed, tqdm
         from bitsandbytes.optim import PagedAdamW32bit
         from peft import LoraConfig, get_peft_model
         from torch.optim import AdamW
@@ -225,9 +225,7 @@ def train(args, columns, base_folder, prompt, checked, surveys, stop, nodes):
         kwargs_handlers=process_group(args.ddp_timeout),
     )
     keep_group()
-    if len(set(gather_object([args.mixed_precision]))) > 1:  # by the CPUs of several nodes
-        problem = "some of the processes have a CPU that is slow in bf16, and some have not"
-        raise UserError("--mixed_precision", problem, "give bf16 or no")
+    check_precision("--mixed_precision", args.mixed_precision, "give bf16 or no")
     device, num_processes = accelerator.device, accelerator.num_processes
     sharded = sharding.enable_fsdp(accelerator, plugin)
     print_once = accelerator.on_main_process(print)  # its own print() does so once per node

@@ -287,6 +287,24 @@ def test_a_bug_does_not_overwrite_what_another_process_told(tmp_path):
     assert run("raise KeyError", tmp_path)[1] == "1\n"
 
 
+@pytest.mark.parametrize(
+    ("code", "rank", "over"),
+    [
+        ("raise LostNode('a', 'b', 'c')", "0", True),
+        ("return STOPPED", "0", True),
+        ("raise KeyError", "0", True),
+        ("return None", "0", False),
+        ("raise LoneError('a', 'b', 'c')", "2", False),
+    ],
+)
+def test_the_launchers_are_told_once_the_first_process_has_failed(tmp_path, code, rank, over):
+    """From then on they need not wait for other nodes long. What another process told may be long
+    before: the first one still has to find out, and to save."""
+    _, written = run(code, tmp_path, RANK=rank)
+    assert written
+    assert (tmp_path / "code.over").exists() == over
+
+
 def test_a_code_that_cannot_be_left_hides_no_complaint(tmp_path):
     file = str(tmp_path / "none/code")
     done, _ = run("raise UserError('a', 'b', 'c')", tmp_path, EXIT_CODE_FILE=file)

@@ -381,7 +381,7 @@ def test_a_config_names_no_other_weights(tmp_path):
     save_file(zeros, model / "other.safetensors", metadata={"format": "pt"})
     change_json(model / "config.json", transformers_weights="other.safetensors")
     assert not AutoModelForCausalLM.from_pretrained(model).get_input_embeddings().weight.any()
-    with pytest.raises(UserError, match="config.json: transformers would load the weights that"):
+    with pytest.raises(UserError, match=r"config\.json: transformers would load the weights that"):
         check_model_folder(str(model))
 
 

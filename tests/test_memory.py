@@ -278,7 +278,7 @@ def test_what_this_process_has_already_is_told_and_not_asked_for_again(base, mon
 def test_tied_weights_are_counted_once(tmp_path):
     folder = save_tiny_model(tmp_path / "tied", byte_level_tokenizer(), tie=True)
     base = skeleton(str(folder), torch.bfloat16)
-    model, _ = memory.trace(base, lora(base), arguments(), CPU, MICRO_BATCH, True, 0, 1)
+    model, *_ = memory.trace(base, lora(base), arguments(), CPU, MICRO_BATCH, True, 0, 1)
     assert model.num_parameters() == base.num_parameters()
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     assert head.weight is embeddings.weight

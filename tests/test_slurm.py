@@ -52,6 +52,9 @@ class Cluster:
 
     def __init__(self, folder: Path, namespaces):
         self.folder, self.namespaces = folder, namespaces
+
+    def start(self):
+        folder = self.folder
         for name in ("state", "node1", "node2"):
             (folder / name).mkdir()
         (folder / "slurm.conf").write_text(CONF.format(folder=folder))
@@ -65,7 +68,9 @@ class Cluster:
         self.start_node("node1")
         self.start_node("node2")
         self.on("node1", "slurmctld")
+        end = time.monotonic() + 60
         while self.ask("sinfo", "-h", "-o", "%t %D") != "idle 2":
+            assert time.monotonic() < end, (folder / "slurmctld.log").read_text()
             time.sleep(0.2)
 
     def on(self, node: str, *command, **more):
@@ -96,8 +101,11 @@ class Cluster:
 @pytest.fixture(scope="module")
 def cluster(nodes, tmp_path_factory):  # noqa: F811
     found = Cluster(tmp_path_factory.mktemp("slurm"), nodes)
-    yield found
-    found.close()
+    try:
+        found.start()
+        yield found
+    finally:
+        found.close()
 
 
 class Job:
