@@ -14,7 +14,6 @@ import itertools
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -80,17 +79,30 @@ def packed_attention(module, query, key, value, attention_mask, **kwargs):
         return varlen_attn(*rows, *lengths, **causal)[None], None
     # Split, not sliced: the gradient of a slice has the size of the row, once for each article.
     lengths = borders.diff().tolist()
-    articles = zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True)
+    articles = [t.split(lengths, dim=2) for t in (query, key, value)]
     in_bf16 = query.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
     # What is added comes after the article, which sees nothing of it if the attention is causal.
-    rounded_up = query.device.type == "cpu" and in_bf16 and getattr(module, "is_causal", True)
+    if query.device.type == "cpu" and in_bf16 and getattr(module, "is_causal", True):
+        articles = [_rounded_up(parts) for parts in articles]
     outputs = []
-    for length, article in zip(lengths, articles, strict=True):
-        if rounded_up and length % LENGTH_STEP:
-            article = [F.pad(t, (0, 0, 0, -length % LENGTH_STEP)) for t in article]
+    for length, *article in zip(lengths, *articles, strict=True):
         output, _ = sdpa_attention_forward(module, *article, None, **kwargs)
         outputs.append(output[:, :length])
     return torch.cat(outputs, dim=1), None
+
+
+def _rounded_up(articles) -> tuple:
+    """Return [1, heads, length, head size] of each article with zeros up to a `LENGTH_STEP`.
+
+    They are parts of one row again: small blocks of each article's own, some of which backward
+    needs and some not, would leave holes in a CPU's memory, 2 GiB for 8 articles of SmolLM2.
+    """
+    _, heads, _, size = articles[0].shape
+    zeros = articles[0].new_zeros(1, heads, LENGTH_STEP, size)
+    missing = [-article.shape[2] % LENGTH_STEP for article in articles]
+    parts = ((a, zeros[:, :, :n]) for a, n in zip(articles, missing, strict=True))
+    row = torch.cat(list(itertools.chain(*parts)), dim=2)
+    return row.split([a.shape[2] + n for a, n in zip(articles, missing, strict=True)], dim=2)
 
 
 def attention_of_one_token(query, key, value, attention_mask, scaling: float | None):
