@@ -36,7 +36,7 @@ MOMENTS = 8  # bytes of AdamW's two, in fp32, per weight that trains
 # On a CPU what counts is the resident set. Beside what it is when the plan is made, and what is in
 # use, there are what libraries have yet to load, the kernels that libraries.py lets them keep, and
 # holes that glibc leaves between tensors which come and go.
-# Fitted to runs of SmolLM2-135M on 2 cores (tests/benchmarks/results/estimates_cpu_kernels.json).
+# Fitted to runs of SmolLM2-135M on 2 cores (tests/benchmarks/README.md).
 CPU_EXTRA = int(0.25 * 2**30)
 HOLES = 1.4  # times what is in use
 UNTUNED_HOLES = 1.6  # where glibc is not told what scripts/launch.sh tells it
