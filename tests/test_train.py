@@ -555,14 +555,19 @@ def test_loss_on_articles_needs_packed_rows(tiny_model, news, tmp_path, monkeypa
 
 
 def test_a_run_that_turns_out_to_be_padded_is_planned_again(
-    tiny_model, news, trained, tmp_path, monkeypatch, capsys
+    tiny_model, news, tmp_path, monkeypatch, capsys
 ):
     """There was room for packed rows, and is none for padded ones, but with checkpointing."""
-    packed = json.loads((trained / "run_config.json").read_text())["memory"]
+
+    def planned(name: str) -> dict:
+        call(train.main, *train_args(tiny_model, news, tmp_path / name, "--max_train_steps", "1"))
+        return json.loads((tmp_path / name / "run_config.json").read_text())["memory"]
+
+    monkeypatch.setattr(train, "resident_memory", lambda _: 0)
+    packed = planned("packed")
     monkeypatch.setattr("packing.use_packed_attention", lambda *_: "why")
     monkeypatch.setattr(train, "free_memory", lambda _: (packed["this_run"] + 1024) / 0.9)
-    call(train.main, *train_args(tiny_model, news, tmp_path / "run", "--max_train_steps", "1"))
-    memory = json.loads((tmp_path / "run/run_config.json").read_text())["memory"]
+    memory = planned("padded")
     assert packed["checkpointed_every"] == 0 < memory["checkpointed_every"]
     said = capsys.readouterr().out
     assert "activation checkpointing off" in said
