@@ -99,10 +99,12 @@ def _rounded_up(articles) -> tuple:
     """
     _, heads, _, size = articles[0].shape
     zeros = articles[0].new_zeros(1, heads, LENGTH_STEP, size)
-    missing = [-article.shape[2] % LENGTH_STEP for article in articles]
-    parts = ((a, zeros[:, :, :n]) for a, n in zip(articles, missing, strict=True))
-    row = torch.cat(list(itertools.chain(*parts)), dim=2)
-    return row.split([a.shape[2] + n for a, n in zip(articles, missing, strict=True)], dim=2)
+    parts, lengths = [], []
+    for article in articles:
+        length, missing = article.shape[2], -article.shape[2] % LENGTH_STEP
+        parts += [article, zeros[:, :, :missing]]
+        lengths.append(length + missing)
+    return torch.cat(parts, dim=2).split(lengths, dim=2)
 
 
 def attention_of_one_token(query, key, value, attention_mask, scaling: float | None):

@@ -17,6 +17,7 @@ for name in ("EXIT_CODE_FILE", "RANK", "SLURM_SUBMIT_DIR", "SLURM_NNODES"):
     os.environ.pop(name, None)
 
 import pytest  # noqa: E402
+import yaml  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts"
@@ -189,6 +190,19 @@ def train_args(model, news, output_dir, *more) -> list[str]:
         *("--mixed_precision", "bf16"),  # on any CPU
         *map(str, more),
     ]
+
+
+def launcher_options(news) -> list[str]:
+    """Return the same for run_train.sh, which has variables for model, files and folder."""
+    options = train_args("", news, "")
+    return options[options.index("--lora_r") :]
+
+
+def cpu_nodes_config(folder: Path) -> Path:
+    """Write the config of several nodes for CPUs."""
+    config = yaml.safe_load((ROOT / "accelerate_configs/multi_node.yaml").read_text())
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | {"use_cpu": True}))
+    return folder / "config.yaml"
 
 
 def call(main, *argv):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, SCRIPTS, train_args
+from conftest import ROOT, SCRIPTS, cpu_nodes_config, launcher_options
 
 import infer
 import train
@@ -357,8 +357,7 @@ def job(tiny_model, news, tmp_path):
         settings |= {"VALIDATION_FILE": news / "validation.csv", "RUN_DIR": tmp_path / "run"}
         settings |= {"SLURM_JOB_ID": 17, "SLURM_SUBMIT_DIR": ROOT, "TMPDIR": tmp_path / "tmp"}
         settings |= {"PATH": f"{bin_dir}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        options = train_args("", news, "")[6:]  # behind model, files and folder
-        options = options[options.index("--lora_r") :]
+        options = launcher_options(news)
         processes.append(
             subprocess.Popen(
                 ["bash", spooled, *options, *more],
@@ -725,9 +724,8 @@ exit "${code:-0}"
     for name, text in stubs.items():
         (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / "bin" / name).chmod(0o755)
-    config = yaml.safe_load((ROOT / "accelerate_configs/multi_node.yaml").read_text())
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config | {"use_cpu": True}))
-    settings = REAL | {"ACCELERATE_CONFIG": str(tmp_path / "c.yaml"), "SLURM_NODEID": "0"}
+    config = str(cpu_nodes_config(tmp_path))
+    settings = REAL | {"ACCELERATE_CONFIG": config, "SLURM_NODEID": "0"}
     settings |= {"SLURM_JOB_ID": "50007", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[7,9]"}
     settings |= {"SLURM_CPUS_PER_TASK": "8"}
     if not hosts:
@@ -747,7 +745,7 @@ exit "${code:-0}"
     for number, argv in enumerate(launched):
         script = argv.index("scripts/train.py")
         assert argv[:script] == [
-            *("launch", "--quiet", "--config_file", str(tmp_path / "c.yaml")),
+            *("launch", "--quiet", "--config_file", config),
             *("--machine_rank", str(number), "--num_machines", "2", "--num_processes", "2"),
             *("--main_process_ip", "node7", "--main_process_port", "20007"),
         ]

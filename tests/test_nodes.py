@@ -20,8 +20,7 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
-from conftest import ROOT, train_args
+from conftest import ROOT, cpu_nodes_config, launcher_options
 from torch.distributed import DistError
 
 from exit_codes import UserError
@@ -93,6 +92,11 @@ def ip(*words):
     return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout
 
 
+def kill_all_on(namespace: str) -> None:
+    for pid in map(int, ip("netns", "pids", namespace).split()):
+        os.kill(pid, signal.SIGKILL)
+
+
 @pytest.fixture(scope="module")
 def nodes():
     """The names of two network namespaces with a cable between them."""
@@ -125,15 +129,11 @@ class Job:
             text = text.format(folder=str(folder), nodes=nodes)
             (folder / "bin" / name).write_text(f"#!{sys.executable}\n{text}")
             (folder / "bin" / name).chmod(0o755)
-        config = yaml.safe_load((ROOT / "accelerate_configs/multi_node.yaml").read_text())
-        (folder / "config.yaml").write_text(yaml.safe_dump(config | {"use_cpu": True}))
         settings = {"MODEL": model, "TRAIN_FILE": news / "train.csv", "RUN_DIR": self.run_dir}
-        settings |= {"ACCELERATE_CONFIG": folder / "config.yaml", "SETUP": 0}
-        settings["NODE_PATIENCE"] = 5
+        settings |= {"ACCELERATE_CONFIG": cpu_nodes_config(folder), "SETUP": 0, "NODE_PATIENCE": 5}
         settings["PATH"] = f"{folder}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
-        more = train_args("", news, "")
         self.process = subprocess.Popen(
-            ["sbatch", "--nodes", "2", "run_train.sh", *more[more.index("--lora_r") :], *options],
+            ["sbatch", "--nodes", "2", "run_train.sh", *launcher_options(news), *options],
             cwd=ROOT,
             env=os.environ | {name: str(value) for name, value in settings.items()},
             executable=folder / "bin/sbatch",
@@ -172,8 +172,7 @@ class Job:
     def close(self):
         self.process.kill()
         for node in self.nodes:
-            for pid in map(int, ip("netns", "pids", node).split()):
-                os.kill(pid, signal.SIGKILL)
+            kill_all_on(node)
         self.process.wait()
         left = list(ROOT.glob("slurm-17.*"))
         for file in left:
@@ -318,8 +317,7 @@ def test_a_job_of_two_nodes_that_loses_one_ends_with_the_bytes_of_another(submit
     (ROOT / "slurm-17.code.LosTHy").touch()  # of a node that is lost nothing is cleared up
     os.kill(int((job.folder / "batch0").read_text()), signal.SIGUSR1)  # as B: says
     job.wait_for_life(2)
-    for pid in map(int, ip("netns", "pids", nodes[1]).split()):
-        os.kill(pid, signal.SIGKILL)
+    kill_all_on(nodes[1])
     assert job.codes() == [75, 75, 0], job.log(job.lives() - 1)
     assert "with a checkpoint; the same command" in job.log(0)
     told = re.findall(r"^error: (.*)$", job.log(1), re.MULTILINE)

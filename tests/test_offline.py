@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, read_csv, train_args
+from conftest import ROOT, launcher_options, read_csv
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NO_NETWORK = ["unshare", "--net"] + ["--map-root-user"] * (os.getuid() != 0)
@@ -85,10 +85,10 @@ def test_what_a_login_node_fetched_trains_and_infers_without_a_network(hub, news
         return result.stdout
 
     call("hf", "download", "owner/tiny", HF_ENDPOINT=hub, HF_HUB_OFFLINE=0)
-    options = train_args("", news, "", "--max_train_steps", 1)
+    options = (*launcher_options(news), "--max_train_steps", 1)
     settings = {"MODEL": "owner/tiny", "TRAIN_FILE": news / "train.csv", "RUN_DIR": run_dir}
     settings |= {"SETUP": 0, "HF_HUB_OFFLINE": 1}
-    launcher = ("bash", "run_train.sh", *options[options.index("--lora_r") :])
+    launcher = ("bash", "run_train.sh", *options)
     call(*NO_NETWORK, *launcher, **settings)
     config = json.loads((run_dir / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "owner/tiny"  # not where it lies here

@@ -8,16 +8,14 @@ import csv
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-import yaml
-from conftest import ROOT, french_rows, train_args, write_csv
-from test_nodes import LONG, ending, ip, nodes  # noqa: F401  # a fixture
+from conftest import ROOT, cpu_nodes_config, french_rows, launcher_options, write_csv
+from test_nodes import LONG, ending, kill_all_on, nodes  # noqa: F401  # a fixture
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "nsenter", "unshare")
 MISSING = [name for name in PROGRAMS if not shutil.which(name)]
@@ -89,13 +87,9 @@ class Cluster:
     def start_node(self, node: str):
         self.on(node, "slurmd", "-N", node)
 
-    def kill_node(self, node: str):
-        for pid in map(int, ip("netns", "pids", self.namespaces[int(node[-1]) - 1]).split()):
-            os.kill(pid, signal.SIGKILL)
-
     def close(self):
-        for node in ("node1", "node2"):
-            self.kill_node(node)
+        for namespace in self.namespaces:
+            kill_all_on(namespace)
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +108,8 @@ class Job:
     def __init__(self, cluster, folder: Path, launcher, settings: dict, *options, num_nodes=2):
         self.cluster, self.folder = cluster, folder
         folder.mkdir(parents=True)
-        config = yaml.safe_load((ROOT / "accelerate_configs/multi_node.yaml").read_text())
-        (folder / "config.yaml").write_text(yaml.safe_dump(config | {"use_cpu": True}))
-        config = folder / "config.yaml" if num_nodes > 1 else "accelerate_configs/cpu.yaml"
+        one = num_nodes == 1
+        config = "accelerate_configs/cpu.yaml" if one else cpu_nodes_config(folder)
         settings |= {"ACCELERATE_CONFIG": config, "SETUP": 0, "NODE_PATIENCE": 5}
         settings["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         settings["OMP_NUM_THREADS"] = 1  # both nodes have the same processors
@@ -167,9 +160,8 @@ def train(cluster, tiny_model, news, tmp_path):
     def submit(name, *options):
         settings = {"MODEL": tiny_model, "TRAIN_FILE": news / "train.csv"}
         settings["RUN_DIR"] = tmp_path / name / "run"
-        more = train_args("", news, "")
-        more = more[more.index("--lora_r") :]
-        return Job(cluster, tmp_path / name, "run_train.sh", settings, *more, *options)
+        options = (*launcher_options(news), *options)
+        return Job(cluster, tmp_path / name, "run_train.sh", settings, *options)
 
     return submit
 
@@ -185,7 +177,7 @@ def test_a_job_that_is_stopped_and_loses_a_node_ends_with_the_bytes_of_another(t
     job.start_again(restarts=1)
     assert "with a checkpoint; the same command" in job.log()
     job.wait_for_updates(8)
-    cluster.kill_node("node2")
+    kill_all_on(cluster.namespaces[1])
     # Long before SLURM itself has noticed, the first node is free for other jobs.
     job.wait_for(lambda: job.state()["JobState"] != "RUNNING", seconds=60)
     assert "node2" not in cluster.ask("sinfo", "-h", "-N", "-t", "down", "-o", "%N")
