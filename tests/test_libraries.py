@@ -37,6 +37,19 @@ def test_garbage_is_left_during_imports_alone():
     assert gc.isenabled()
 
 
+def test_what_is_imported_is_not_looked_through_again():
+    code = """
+import gc, libraries
+with libraries.quick_imports():
+    import json
+kept = gc.get_freeze_count()
+with libraries.quick_imports():
+    import json  # as it was, so that nothing else is kept either
+print(kept > 1000, gc.get_freeze_count() == kept)
+"""
+    assert printed(code) == "True True"
+
+
 def test_bitsandbytes_does_not_bring_torchs_compiler():
     """As it does without the line in libraries.py."""
     compiler = "torch._inductor.compile_fx"
