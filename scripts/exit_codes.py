@@ -61,6 +61,8 @@ class HelpFormatter(argparse.RawTextHelpFormatter):
 class ArgumentParser(argparse.ArgumentParser):
     """A parser whose complaints are one line, for it shows no usage, of the first process alone.
 
+    The SystemExit of a complaint has it as a note.
+
     Args:
         description: of the script, shown by --help with the line breaks that it has.
     """
@@ -69,6 +71,13 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(
             usage=argparse.SUPPRESS, description=description, formatter_class=HelpFormatter
         )
+
+    def error(self, message: str):
+        try:
+            super().error(message)
+        except SystemExit as exit_request:
+            exit_request.add_note(f"{self.prog}: error: {message}")
+            raise
 
     def _print_message(self, message, file=None) -> None:
         if is_first_process():
@@ -156,7 +165,8 @@ def run(main) -> None:
     `accelerate launch` answers 1 whatever its script returned, so the code is also written to the
     file that the environment variable EXIT_CODE_FILE names; the launchers pass it on from there.
     With `.over` at its end, that is the name of a file which says that the first process has ended
-    with another code than 0.
+    with another code than 0. The first of several processes writes there what it has told, for the
+    launchers to tell it again: torchrun has 25 lines follow it.
     Under several processes most ranks meet the same complaint and only the first one tells it; nor
     do others tell their code, for they may merely have lost the first one. What launched them ends
     all as soon as one has ended, so the others wait to be ended: the first one may be slower. If
@@ -170,6 +180,7 @@ def run(main) -> None:
     # Who was started without one gets one that goes nowhere, in place of the file opened next.
     sys.stdout, sys.stderr = (Unread(stream or _nowhere()) for stream in streams)
     code, tell, lost, late = BUG, is_first_process(), False, False
+    complaint = ""
     try:
         code = main() or DONE
         beside_the_first = os.environ.get("GROUP_RANK") == "0" and not is_first_process()
@@ -187,12 +198,14 @@ def run(main) -> None:
         if tell:
             # What it quotes, such as the error of a library, may have lines; a complaint has one.
             complaint = f"on {node_name()}: " * late + " ".join(str(error).split("\n"))
+            complaint = f"error: {printable(complaint)}"
             with suppress(OSError):  # the code says what it can
-                print("error:", printable(complaint), file=sys.stderr)
+                print(complaint, file=sys.stderr)
     except KeyboardInterrupt:
         code = INTERRUPTED
     except SystemExit as exit_request:  # argparse: 0 after --help, 2 after a complaint of its own
         code = exit_request.code or DONE
+        complaint = "".join(getattr(exit_request, "__notes__", ()))
         if code and not tell:
             _is_left_to_itself()
         if isinstance(code, str):  # sys.exit("what went wrong")
@@ -204,8 +217,11 @@ def run(main) -> None:
         if tell and (file := os.environ.get("EXIT_CODE_FILE")):
             _leave_code(Path(file), code, gives_way=lost or late or code == BUG)
             if code != DONE and is_first_process():
+                if code == STOPPED and not complaint:
+                    complaint = "stopped; the same command goes on from there"
+                several = os.environ.get("WORLD_SIZE", "1") != "1"
                 with suppress(OSError):
-                    Path(f"{file}.over").touch()
+                    Path(f"{file}.over").write_text(complaint * several, errors="backslashreplace")
         _flush_streams()  # or Python's last flush may be what fails
         _leave_group(code)
         sys.stdout, sys.stderr = streams

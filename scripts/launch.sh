@@ -92,7 +92,11 @@ launch() {
   start USR2 accelerated "$@"
   # accelerate answers 1 to whatever went wrong; the script itself says what it was, if it could.
   [ "$code" = 0 ] || code="$(grep -vx 0 "$EXIT_CODE_FILE" || echo "${asked:+130}")"
-  [ "$code" = 0 ] || leave "${code:-1}"
+  if [ "$code" != 0 ]; then
+    # Of several processes, what the first one said: 25 lines of torchrun's stand below it.
+    [ ! -s "$EXIT_CODE_FILE.over" ] || echo "$(cat "$EXIT_CODE_FILE.over")" >&2 || true
+    leave "${code:-1}"
+  fi
   [ -n "$asked" ] || rm -f "$STOP_FILE"  # of a process that was signalled alone, and done by then
 }
 

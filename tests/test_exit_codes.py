@@ -305,6 +305,26 @@ def test_the_launchers_are_told_once_the_first_process_has_failed(tmp_path, code
     assert (tmp_path / "code.over").exists() == over
 
 
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("raise UserError('a', 'b \\x1b', 'c')", "error: a: b \\x1b; c"),
+        (
+            "ArgumentParser('x').parse_args(['--y\\udce9'])",
+            "-c: error: unrecognized arguments: --y\\udce9",
+        ),
+        ("return STOPPED", "stopped; the same command goes on from there"),
+        ("raise KeyError", ""),
+    ],
+)
+def test_what_the_first_of_several_said_is_left_for_the_launchers(tmp_path, code, said):
+    done, _ = run(code, tmp_path, RANK="0", WORLD_SIZE="2")
+    assert done.returncode
+    assert (tmp_path / "code.over").read_text() == said
+    run(code, tmp_path, RANK="0", WORLD_SIZE="1")  # torchrun has nothing to say then
+    assert (tmp_path / "code.over").read_text() == ""
+
+
 def test_a_code_that_cannot_be_left_hides_no_complaint(tmp_path):
     file = str(tmp_path / "none/code")
     done, _ = run("raise UserError('a', 'b', 'c')", tmp_path, EXIT_CODE_FILE=file)
