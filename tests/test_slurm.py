@@ -4,6 +4,7 @@ Needs its programs and root: apt-get install slurm-wlm munge iproute2 (tried wit
 Run: python -m pytest tests/test_slurm.py, about 4 minutes
 """
 
+import copy
 import csv
 import os
 import re
@@ -103,22 +104,32 @@ def cluster(nodes, tmp_path_factory):  # noqa: F811
 
 
 class Job:
-    """A launcher that was submitted."""
+    """A launcher that was submitted; `array`, such as 1-2: with those tasks, a job each."""
 
-    def __init__(self, cluster, folder: Path, launcher, settings: dict, *options, num_nodes=2):
+    def __init__(
+        self, cluster, folder: Path, launcher, settings: dict, *options, num_nodes=2, array=""
+    ):
         self.cluster, self.folder = cluster, folder
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         one = num_nodes == 1
         config = "accelerate_configs/cpu.yaml" if one else cpu_nodes_config(folder)
         settings |= {"ACCELERATE_CONFIG": config, "SETUP": 0, "NODE_PATIENCE": 5}
         settings["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         settings["OMP_NUM_THREADS"] = 1  # both nodes have the same processors
         sbatch = ["sbatch", "--parsable", "--nodes", str(num_nodes), "--cpus-per-task", "1"]
+        sbatch += ["--array", array, "--output", folder / "%a/log"] if array else []
+        sbatch += [] if array else ["--output", folder / "log"]
         self.number = cluster.ask(
-            *[*sbatch, "--output", folder / "log", launcher, *map(str, options)],
+            *[*sbatch, launcher, *map(str, options)],
             cwd=ROOT,
             env={name: str(value) for name, value in settings.items()},
         )
+
+    def task(self, number: int):
+        """Return a task of an array, of which each has a folder of its own."""
+        task = copy.copy(self)
+        task.number, task.folder = f"{self.number}_{number}", self.folder / str(number)
+        return task
 
     def state(self) -> dict[str, str]:
         told = self.cluster.ask("scontrol", "show", "job", self.number, "--oneliner")
@@ -200,7 +211,29 @@ def test_a_job_that_is_cancelled_saves_and_stays_out(train):
 def test_a_job_with_bad_input_fails_with_its_code(train, tmp_path):
     job = train("job", "--validation_file", tmp_path / "none.csv")
     assert job.end() == ("FAILED", "2:0"), job.log()
-    assert len(re.findall("^error: ", job.log(), re.MULTILINE)) == 1, job.log()
+    told = re.findall("^error: .*", job.log(), re.MULTILINE)
+    assert told == [told[0], job.log().splitlines()[-1]], job.log()
+
+
+def test_a_task_of_an_array_requeues_itself_alone(cluster, tiny_model, news, tmp_path):
+    """Of a launcher as edited for an array: each task has a run of its own."""
+    edited = tmp_path / "run_train.sh"
+    text = (ROOT / "run_train.sh").read_text()
+    run_dir = 'RUN_DIR="${RUN_DIR:-}"'
+    assert run_dir in text
+    edited.write_text(text.replace(run_dir, 'RUN_DIR="$RUNS/$SLURM_ARRAY_TASK_ID/run"'))
+    for number in "12":
+        (tmp_path / "array" / number).mkdir(parents=True)  # sbatch makes none for a log
+    settings = {"MODEL": tiny_model, "TRAIN_FILE": news / "train.csv", "RUNS": tmp_path / "array"}
+    options = [*launcher_options(news), *LONG]
+    job = Job(cluster, tmp_path / "array", edited, settings, *options, num_nodes=1, array="1-2")
+    first, second = job.task(1), job.task(2)
+    first.wait_for_updates(2)
+    cluster.ask("scancel", "--batch", "--signal=USR1", first.number)
+    first.start_again(restarts=1)
+    assert [task.end() for task in (first, second)] == [("COMPLETED", "0:0")] * 2, first.log()
+    assert second.state()["Restarts"] == "0"
+    assert ending(first.folder / "run") == ending(second.folder / "run")
 
 
 def test_titles_of_two_nodes_are_those_of_one(cluster, trained, tiny_model, tmp_path):
