@@ -165,8 +165,8 @@ def run(main) -> None:
     `accelerate launch` answers 1 whatever its script returned, so the code is also written to the
     file that the environment variable EXIT_CODE_FILE names; the launchers pass it on from there.
     With `.over` at its end, that is the name of a file which says that the first process has ended
-    with another code than 0. The first of several processes writes there what it has told, for the
-    launchers to tell it again: torchrun has 25 lines follow it.
+    with another code than 0. What one of several processes complains of, or that it has stopped, is
+    in the file with `.said`, for the launchers to tell it again: torchrun has 25 lines follow it.
     Under several processes most ranks meet the same complaint and only the first one tells it; nor
     do others tell their code, for they may merely have lost the first one. What launched them ends
     all as soon as one has ended, so the others wait to be ended: the first one may be slower. If
@@ -209,19 +209,18 @@ def run(main) -> None:
         if code and not tell:
             _is_left_to_itself()
         if isinstance(code, str):  # sys.exit("what went wrong")
-            print(code, file=sys.stderr)
+            print(complaint := code, file=sys.stderr)
             code = BUG
     except Exception:
         sys.excepthook(*sys.exc_info())  # which says of which process it is
     finally:  # whether or not the complaint could be printed
         if tell and (file := os.environ.get("EXIT_CODE_FILE")):
-            _leave_code(Path(file), code, gives_way=lost or late or code == BUG)
+            if code == STOPPED and not complaint:
+                complaint = "stopped; the same command goes on"
+            _leave_code(Path(file), code, complaint, gives_way=lost or late or code == BUG)
             if code != DONE and is_first_process():
-                if code == STOPPED and not complaint:
-                    complaint = "stopped; the same command goes on from there"
-                several = os.environ.get("WORLD_SIZE", "1") != "1"
                 with suppress(OSError):
-                    Path(f"{file}.over").write_text(complaint * several, errors="backslashreplace")
+                    Path(f"{file}.over").touch()
         _flush_streams()  # or Python's last flush may be what fails
         _leave_group(code)
         sys.stdout, sys.stderr = streams
@@ -284,8 +283,12 @@ def _leave_group(code: int) -> None:
         os._exit(code)
 
 
-def _leave_code(file: Path, code: int, gives_way: bool) -> None:
-    """Write a code for the launchers, unless it gives way and another process has told one."""
+def _leave_code(file: Path, code: int, complaint: str, gives_way: bool) -> None:
+    """Write a code for the launchers, unless it gives way and another process has told one; and of
+    several processes the complaint."""
     with suppress(OSError):  # a full disk is what may have to be told
         if not gives_way or not file.exists() or not file.read_text():
             file.write_text(f"{code}\n")
+            if complaint and os.environ.get("WORLD_SIZE", "1") != "1":
+                said = Path(f"{file}.said")
+                said.write_text(f"{complaint}\n", encoding="utf-8", errors="backslashreplace")

@@ -43,7 +43,7 @@ if grep -qsiE '^use_cpu: *(true|yes|on) *(#.*)?$' "$ACCELERATE_CONFIG"; then
   export ACCELERATE_USE_CPU=true  # accelerate tells it to a single process alone
 fi
 job="" end="" asked="" asked_at=0  # from here on, for a signal may come between two scripts
-trap 'rm -f "$EXIT_CODE_FILE" "$EXIT_CODE_FILE.over" "$STOP_FILE"' EXIT
+trap 'rm -f "$EXIT_CODE_FILE" "$EXIT_CODE_FILE".{over,said} "$STOP_FILE"' EXIT
 ask() {
   if [ -z "$asked" ]; then
     asked="$1" asked_at=$SECONDS
@@ -93,8 +93,8 @@ launch() {
   # accelerate answers 1 to whatever went wrong; the script itself says what it was, if it could.
   [ "$code" = 0 ] || code="$(grep -vx 0 "$EXIT_CODE_FILE" || echo "${asked:+130}")"
   if [ "$code" != 0 ]; then
-    # Of several processes, what the first one said: 25 lines of torchrun's stand below it.
-    [ ! -s "$EXIT_CODE_FILE.over" ] || echo "$(cat "$EXIT_CODE_FILE.over")" >&2 || true
+    # Of several processes, what one has complained of: 25 lines of torchrun's stand below it.
+    [ ! -e "$EXIT_CODE_FILE.said" ] || cat "$EXIT_CODE_FILE.said" >&2 || true
     leave "${code:-1}"
   fi
   [ -n "$asked" ] || rm -f "$STOP_FILE"  # of a process that was signalled alone, and done by then
@@ -115,7 +115,7 @@ give_up_on_nodes() {  # PID of srun, which takes its step with it
 
 accelerated() {
   : > "$EXIT_CODE_FILE"
-  rm -f "$EXIT_CODE_FILE.over"
+  rm -f "$EXIT_CODE_FILE".{over,said}
   trap '' TERM INT USR1 HUP
   local srun=$BASHPID  # what this shell becomes
   if [ "${#ON_NODES[@]}" != 0 ]; then give_up_on_nodes "$srun" & fi

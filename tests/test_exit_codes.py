@@ -313,16 +313,25 @@ def test_the_launchers_are_told_once_the_first_process_has_failed(tmp_path, code
             "ArgumentParser('x').parse_args(['--y\\udce9'])",
             "-c: error: unrecognized arguments: --y\\udce9",
         ),
-        ("return STOPPED", "stopped; the same command goes on from there"),
-        ("raise KeyError", ""),
+        ("sys.exit('no such thing')", "no such thing"),
+        ("return STOPPED", "stopped; the same command goes on"),
+        ("raise KeyError", None),
     ],
 )
-def test_what_the_first_of_several_said_is_left_for_the_launchers(tmp_path, code, said):
+def test_what_one_of_several_said_is_left_for_the_launchers(tmp_path, code, said):
+    file = tmp_path / "code.said"
+    run(code, tmp_path, RANK="0", WORLD_SIZE="1")  # torchrun has nothing to say then
+    assert not file.exists()
+    (tmp_path / "code").unlink()
     done, _ = run(code, tmp_path, RANK="0", WORLD_SIZE="2")
     assert done.returncode
-    assert (tmp_path / "code.over").read_text() == said
-    run(code, tmp_path, RANK="0", WORLD_SIZE="1")  # torchrun has nothing to say then
-    assert (tmp_path / "code.over").read_text() == ""
+    assert (file.read_text() if file.exists() else None) == (said and f"{said}\n")
+
+
+def test_what_gives_way_leaves_what_another_said(tmp_path):
+    run("raise WriteError('b', 'full', 'mend it')", tmp_path, RANK="1", WORLD_SIZE="2")
+    run(LOST, tmp_path, RANK="0", WORLD_SIZE="2")
+    assert (tmp_path / "code.said").read_text() == "error: b: full; mend it\n"
 
 
 def test_a_code_that_cannot_be_left_hides_no_complaint(tmp_path):

@@ -31,6 +31,9 @@ if file := os.environ.get("TUNABLES_FILE"):
     open(file, "w").write(os.environ.get("GLIBC_TUNABLES", "none"))
 calls = sum(1 for _ in open(os.environ["CALLS"]))
 if calls == int(os.environ.get("AT_CALL", 1)):
+    if said := os.environ.get("SAYS"):
+        open(os.environ["EXIT_CODE_FILE"] + ".said", "w").write(said + "\\n")
+        print("25 lines", file=sys.stderr)
     if code := os.environ.get("FAIL_WITH"):
         open(os.environ["EXIT_CODE_FILE"], "w").write(code)
         sys.exit(1)
@@ -74,6 +77,7 @@ def launch(tmp_path):
             text=True,
         )
         assert result.returncode == code, result.stderr
+        run.errors = result.stderr
         launched = [json.loads(line) for line in calls.read_text().splitlines()]
         return launched, python_calls.read_text().splitlines()
 
@@ -201,6 +205,14 @@ CALLS = [("run_train.sh", "1"), *(("run_infer.sh", call) for call in "123")]
 def test_the_scripts_exit_code_comes_through_accelerate(launch, launcher, call, code):
     calls, _ = launch(ROOT / launcher, code=code, FAIL_WITH=str(code), AT_CALL=call, **REAL)
     assert len(calls) == int(call)
+
+
+def test_what_one_of_several_processes_said_comes_last(launch):
+    told = {"SAYS": "error: a: b; c", "FAIL_WITH": "2"}
+    launch(ROOT / "run_infer.sh", code=2, AT_CALL="2", **told, **REAL)
+    assert launch.errors.endswith("25 lines\nerror: a: b; c\n")
+    launch(ROOT / "run_train.sh", code=2, FAIL_WITH="2", **REAL)
+    assert launch.errors == ""
 
 
 @pytest.mark.parametrize(("launcher", "call"), CALLS)
