@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exit_codes import UserError, WriteError, note
-from libraries import quick_imports
 
 SUFFIXES = (".csv", ".csv.gz", ".json", ".jsonl", ".parquet")
 HUB_DATASET = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")  # owner/name or owner/name:split
@@ -121,9 +120,8 @@ def open_articles(path: str, columns: Columns, split: str = "train"):
     Raises:
         WriteError: there is no room for it.
     """
-    with quick_imports():
-        import pyarrow
-        from datasets import Dataset
+    import pyarrow
+    from datasets import Dataset
 
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="manchette-", ignore_cleanup_errors=True) as folder:

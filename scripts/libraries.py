@@ -22,7 +22,8 @@ for cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
 @contextmanager
 def quick_imports():
     """Import without looking for garbage meanwhile, which takes a seventh of the time: what is
-    imported stays. Nor is it looked through later, which takes a quarter of a second each time."""
+    imported stays. Nor is it looked through later, which takes a quarter of a second each time: so
+    it is to be done before a model is loaded, whose garbage would stay too."""
     enabled, before = gc.isenabled(), len(sys.modules)
     gc.disable()
     try:
