@@ -40,6 +40,8 @@ MOMENTS = 8  # bytes of AdamW's two, in fp32, per weight that trains
 CPU_EXTRA = int(0.25 * 2**30)
 HOLES = 1.4  # times what is in use
 UNTUNED_HOLES = 1.6  # where glibc is not told what scripts/launch.sh tells it
+# In what layers of a kind may differ: their place, and whether they are checkpointed.
+NOT_OF_A_KIND = {"layer_idx", "gradient_checkpointing", "activation_checkpointing"}
 
 
 def plan_memory(
@@ -99,23 +101,81 @@ def plan_memory(
 
 
 def trace(base, lora_config, args, device, size, full: bool, every: int, shards: int):
-    """Return the model without its weights, and of `_peak_in_use` both; None if it does not go
-    through."""
-    for kind in dict.fromkeys((device.type, "cpu")):  # the shapes are the same on both
+    """Return the model without its weights, the bytes beside them that live at a time in a forward
+    and backward pass, and those of them that were there before it; None if it does not go through.
+    """
+
+    def prepared(number: int | None):
+        """Return the model of the run, with so many of its layers, or all."""
         model = copy.deepcopy(base)
-        try:
-            if not size.padded_rows:
-                model.set_attn_implementation(PACKED)
-            if full:
-                model.float().requires_grad_(True)
-            else:
-                model = get_peft_model(model, lora_config)
-                fuse_lora(model)
-            checkpoint_layers(model, every)
-            return model, *_peak_in_use(model.train(), args, kind, size, shards)
-        except Exception:  # whatever a model does that cannot be done without content
-            continue
+        if number is not None:
+            keep_layers(model, number)
+        if not size.padded_rows:
+            model.set_attn_implementation(PACKED)
+        if full:
+            model.float().requires_grad_(True)
+        else:
+            model = get_peft_model(model, lora_config)
+            fuse_lora(model)
+        checkpoint_layers(model, every)
+        return model.train()
+
+    kinds = dict.fromkeys((device.type, "cpu"))  # the shapes are the same on both
+    period, num_layers = every or 1, len(layers_of(base))
+    # Of many layers that are alike, a few are enough: each period more adds the same to what lives
+    # in the forward pass, and soon after it (where gradients do not grow faster than activations
+    # go) or at the end (where they do). The last layer has no other's activations beside it in the
+    # backward pass, so two periods come before the border between these two.
+    few = 3 * period + num_layers % period
+    more = (num_layers - few) // period
+    for kind in kinds:
+        for numbers, border in (((few, few + period), period), ((None,), None)):
+            try:
+                model = prepared(None)
+                if border and not (alike(model) and sum(numbers) < num_layers):
+                    continue
+                found = [
+                    _in_use(prepared(number), args, kind, size, shards, border)
+                    for number in numbers
+                ]
+                pairs = zip(found[0], found[-1], strict=True)  # twice the same, if of all layers
+                *peaks, stay = (a + (b - a) * more for a, b in pairs)
+                return model, max(peaks), stay
+            except Exception:  # whatever a model does that cannot be done without content
+                continue
     return None
+
+
+def alike(model) -> bool:
+    """Return whether the decoder layers of a model are in one list, and of one kind."""
+    layers, config = layers_of(model), model.config.get_text_config(decoder=True)
+
+    def signature(layer):
+        shapes = [(name, p.shape, p.dtype) for name, p in layer.named_parameters()]
+        settings = [
+            (name, key, value)
+            for name, module in layer.named_modules()
+            for key, value in vars(module).items()
+            if isinstance(value, (bool, int, float, str)) and key not in NOT_OF_A_KIND
+        ]
+        return type(layer), *shapes, *settings
+
+    lists = [module for module in model.modules() if _is_list_of(module, layers)]
+    one_type = len(set(getattr(config, "layer_types", None) or ())) < 2
+    return len(lists) == 1 and one_type and len({signature(layer) for layer in layers}) == 1
+
+
+def keep_layers(model, number: int) -> None:
+    """Leave so many decoder layers of a model whose layers are `alike`."""
+    layers = layers_of(model)
+    for module in list(model.modules()):
+        if _is_list_of(module, layers):
+            del module[number:]
+    model.config.get_text_config(decoder=True).num_hidden_layers = number
+
+
+def _is_list_of(module, layers) -> bool:
+    return isinstance(module, torch.nn.ModuleList) and list(module) == layers
 
 
 def expected_peak(traced, base, device, way: str, shards: int, resident: int) -> int | None:
@@ -125,7 +185,7 @@ def expected_peak(traced, base, device, way: str, shards: int, resident: int) ->
     is in fp32: all weights in full fine-tuning, else the adapter's.
 
     Args:
-        traced: of `trace`, with the base's weights or with LoRA beside them.
+        traced: of `trace`, with all weights training or with LoRA beside them.
         resident: as in `plan_memory`.
     """
     if traced is None:
@@ -172,11 +232,15 @@ def _per_shard(model, way: str, shards: int) -> float:
     return (size + (4 + MOMENTS) * trained) / shards + scales + together
 
 
-def _peak_in_use(model, args, kind: str, size: MicroBatchSize, shards: int) -> tuple[int, int]:
+def _in_use(
+    model, args, kind: str, size: MicroBatchSize, shards: int, border: int | None = None
+) -> tuple[int, ...]:
     """Return the bytes beside the weights that live at a time, in a forward and backward pass, and
     those of them that were there before it: gradients, to which it adds.
 
-    Without gradients, which are given away as soon as they exist, where there are `shards`.
+    With the index of a layer as `border`, there are three numbers for the first: in the forward
+    pass, in the backward pass until it has gone through that layer, and from then on. Without
+    gradients, which are given away as soon as they exist, where there are `shards`.
     """
     rows, num_prompt_ids = size.padded_rows or 1, size.tokens - size.labels
     examples = [Example([0] * (size.tokens // rows), num_prompt_ids // rows, False)] * rows
@@ -192,6 +256,8 @@ def _peak_in_use(model, args, kind: str, size: MicroBatchSize, shards: int) -> t
         if kind == "cpu":  # attention would ask for the borders' values, and rounds up little
             batch.pop("cu_seq_lens_q", None)
         with _Count(model) as count:
+            if border is not None:
+                _call_after_backward(layers_of(model)[border], count.reset_peak)
             if args.gradient_accumulation_steps > 1 and shards == 1:
                 for parameter in trainable:
                     parameter.grad = torch.empty_like(parameter)  # of micro-batches before
@@ -200,8 +266,24 @@ def _peak_in_use(model, args, kind: str, size: MicroBatchSize, shards: int) -> t
                 labels = batch.pop("labels").flatten()  # as in `title_loss` of train.py
                 logits = model(**batch, use_cache=False).logits.flatten(0, -2)
                 loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+            if border is not None:
+                count.reset_peak()
             loss.backward()
-    return count.peak, stay
+    if border is None:
+        return count.peak, stay
+    forward, backward = count.peaks  # or an error: it did not come to the border once
+    return forward, backward, count.peak, stay
+
+
+def _call_after_backward(layer, function) -> None:
+    """Call a function once the backward pass has gone through a layer."""
+
+    def hook(_, args, kwargs):
+        handle.remove()  # before a checkpointed layer is computed again
+        hidden = kwargs.get("hidden_states", args[0] if args else None)
+        hidden.register_hook(lambda _: function())
+
+    handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 class _Count(TorchDispatchMode):
@@ -210,6 +292,7 @@ class _Count(TorchDispatchMode):
     def __init__(self, model):
         super().__init__()
         self.now = self.peak = 0
+        self.peaks = []  # before each `reset_peak`
         weights = [*model.parameters(), *model.buffers()]
         self.living = {weight.untyped_storage()._cdata: 0 for weight in weights}
 
@@ -224,6 +307,10 @@ class _Count(TorchDispatchMode):
                     self.peak = max(self.peak, self.now)
                     weakref.finalize(storage, self._freed, storage._cdata)
         return result
+
+    def reset_peak(self) -> None:
+        self.peaks.append(self.peak)
+        self.peak = self.now
 
     def _freed(self, key: int) -> None:
         self.now -= self.living.pop(key)

@@ -185,6 +185,81 @@ def test_gradients_of_micro_batches_before_are_counted(folder, base, way):
     assert again > once
 
 
+@pytest.mark.parametrize(
+    ("num_layers", "every", "full", "dropout", "shards", "size", "earlier"),
+    [
+        (8, 0, False, 0.1, 1, MicroBatchSize(512, 64), 1),
+        (8, 0, True, 0.0, 1, MicroBatchSize(16, 8), 1),  # gradients outgrow activations
+        (9, 0, True, 0.0, 1, MicroBatchSize(512, 64, padded_rows=2), 2),
+        (9, 1, False, 0.0, 2, MicroBatchSize(16, 8), 1),  # autocast's copies of the adapter do
+        (17, 2, False, 0.0, 1, MicroBatchSize(64, 8), 1),
+    ],
+)
+def test_a_few_layers_tell_of_all(num_layers, every, full, dropout, shards, size, earlier):
+    base = many_layers(num_layers)
+    args = arguments(gradient_accumulation_steps=earlier)
+    setup = (base, lora(base, dropout, r=64), args, CPU, size, full, every, shards)
+    traced = []
+
+    def in_use(model, *rest, original=memory._in_use, **more):
+        traced.append(len(model.get_decoder().layers))
+        return original(model, *rest, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "_in_use", in_use)
+        model, *found = TRACE(*setup)
+        patch.setattr(memory, "alike", lambda model: False)
+        whole, *counted = TRACE(*setup)
+    assert found == counted
+    assert sum(traced[:2]) < num_layers
+    assert traced[2:] == [num_layers]
+    assert [p.shape for p in model.parameters()] == [p.shape for p in whole.parameters()]
+
+
+def many_layers(number: int, layer_types=None):
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": number}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 400}
+    config = Qwen2Config(**shape, tie_word_embeddings=True, layer_types=layer_types)
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return base.requires_grad_(False)
+
+
+def test_layers_are_alike_in_kind_and_shape():
+    assert memory.alike(many_layers(3))
+    assert not memory.alike(many_layers(4, ["full_attention", "sliding_attention"] * 2))
+    other = many_layers(3)
+    other.model.layers[1].mlp.up_proj = torch.nn.Linear(64, 64, device="meta")
+    assert not memory.alike(other)
+    other = many_layers(3)
+    other.model.layers[1].self_attn.scaling = 1.0
+    assert not memory.alike(other)
+    other = many_layers(3)
+    other._no_split_modules = None
+    assert not memory.alike(other)
+
+
+def test_layers_of_which_some_have_an_adapter_are_all_traced():
+    from peft import LoraConfig
+
+    base, args = many_layers(9), arguments()
+    some = LoraConfig(task_type="CAUSAL_LM", r=64, target_modules=["layers.7.mlp.up_proj"])
+    setup = (some, args, CPU, MICRO_BATCH, False, 0, 1)
+    model, *found = TRACE(base, *setup)
+    assert found == list(memory._in_use(model, args, "cpu", MICRO_BATCH, 1))
+
+
+def test_layers_without_a_border_are_all_traced(monkeypatch):
+    base = many_layers(9)
+    setup = (base, lora(base), arguments(), CPU, MICRO_BATCH, False, 0, 1)
+    _, *found = TRACE(*setup)
+    monkeypatch.setattr(memory, "_call_after_backward", lambda layer, function: None)
+    _, *counted = TRACE(*setup)
+    assert found == counted
+
+
 def test_the_expected_peak_grows_with_what_it_should(base):
     whole = expected(base)
     assert expected(base, every=1) < expected(base, every=2) < whole

@@ -251,7 +251,7 @@ def test_what_is_expected_of_a_micro_batch_is_what_it_takes(tmp_path, base_weigh
     counted = get_peft_model(weightless, config)
     fuse_lora(counted)
     args = argparse.Namespace(mixed_precision="bf16", gradient_accumulation_steps=1)
-    expected, _ = memory._peak_in_use(counted.train(), args, "cuda", MicroBatchSize(2400, 200), 1)
+    expected, _ = memory._in_use(counted.train(), args, "cuda", MicroBatchSize(2400, 200), 1)
 
     model = load_base(str(folder), CUDA, torch.bfloat16, nf4=base_weights == "nf4")
     assert use_packed_attention(model, 1024) is None
