@@ -117,10 +117,10 @@ class Job:
         settings["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         settings["OMP_NUM_THREADS"] = 1  # both nodes have the same processors
         sbatch = ["sbatch", "--parsable", "--nodes", str(num_nodes), "--cpus-per-task", "1"]
-        sbatch += ["--array", array, "--output", folder / "%a/log"] if array else []
-        sbatch += [] if array else ["--output", folder / "log"]
+        sbatch += ["--array", array] if array else []
+        log = folder / ("%a/log" if array else "log")
         self.number = cluster.ask(
-            *[*sbatch, launcher, *map(str, options)],
+            *[*sbatch, "--output", log, launcher, *map(str, options)],
             cwd=ROOT,
             env={name: str(value) for name, value in settings.items()},
         )
