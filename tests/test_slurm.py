@@ -1,7 +1,7 @@
 """The launchers under SLURM itself: a cluster of two nodes, which are network namespaces.
 
 Needs its programs and root: apt-get install slurm-wlm munge iproute2 (tried with 22.05.8).
-Run: python -m pytest tests/test_slurm.py, about 4 minutes
+Run: python -m pytest tests/test_slurm.py, about 5 minutes
 """
 
 import copy
