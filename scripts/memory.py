@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import weakref
+from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
@@ -128,21 +129,21 @@ def trace(base, lora_config, args, device, size, full: bool, every: int, shards:
     # backward pass, so two periods come before the border between these two.
     few = 3 * period + num_layers % period
     more = (num_layers - few) // period
+
+    def of_a_few(kind: str) -> tuple[int, int]:
+        shorter = (prepared(number) for number in (few, few + period))
+        found = [_in_use(model, args, kind, size, shards, border=period) for model in shorter]
+        # An error here, if a backward pass did not come to the border, is one of those below.
+        forward, backward, end, stay = (a + (b - a) * more for a, b in zip(*found, strict=True))
+        return max(forward, backward, end), stay
+
     for kind in kinds:
-        for numbers, border in (((few, few + period), period), ((None,), None)):
-            try:
-                model = prepared(None)
-                if border and not (alike(model) and sum(numbers) < num_layers):
-                    continue
-                found = [
-                    _in_use(prepared(number), args, kind, size, shards, border)
-                    for number in numbers
-                ]
-                pairs = zip(found[0], found[-1], strict=True)  # twice the same, if of all layers
-                *peaks, stay = (a + (b - a) * more for a, b in pairs)
-                return model, max(peaks), stay
-            except Exception:  # whatever a model does that cannot be done without content
-                continue
+        with suppress(Exception):  # whatever a model does that cannot be done without content
+            model = prepared(None)
+            if alike(model) and 2 * few + period < num_layers:
+                with suppress(Exception):
+                    return model, *of_a_few(kind)
+            return model, *_in_use(model, args, kind, size, shards)
     return None
 
 
@@ -269,10 +270,7 @@ def _in_use(
             if border is not None:
                 count.reset_peak()
             loss.backward()
-    if border is None:
-        return count.peak, stay
-    forward, backward = count.peaks  # or an error: it did not come to the border once
-    return forward, backward, count.peak, stay
+    return *count.peaks, count.peak, stay
 
 
 def _call_after_backward(layer, function) -> None:

@@ -12,7 +12,7 @@ import memory
 from batching import MicroBatchSize, deal, pack, pad_left
 from exit_codes import UserError
 from modeling import check_targets, checkpoint_layers, fuse_lora, load_base, skeleton
-from packing import use_packed_attention
+from packing import PACKED, use_packed_attention
 from prompting import Example
 from train import title_loss
 
@@ -242,13 +242,16 @@ def test_layers_are_alike_in_kind_and_shape():
 
 
 def test_layers_of_which_some_have_an_adapter_are_all_traced():
-    from peft import LoraConfig
+    from peft import LoraConfig, get_peft_model
 
     base, args = many_layers(9), arguments()
     some = LoraConfig(task_type="CAUSAL_LM", r=64, target_modules=["layers.7.mlp.up_proj"])
     setup = (some, args, CPU, MICRO_BATCH, False, 0, 1)
-    model, *found = TRACE(base, *setup)
-    assert found == list(memory._in_use(model, args, "cpu", MICRO_BATCH, 1))
+    _, *found = TRACE(base, *setup)
+    base.set_attn_implementation(PACKED)
+    model = get_peft_model(base, some)
+    fuse_lora(model)
+    assert found == list(memory._in_use(model.train(), args, "cpu", MICRO_BATCH, 1))
 
 
 def test_layers_without_a_border_are_all_traced(monkeypatch):
