@@ -72,11 +72,12 @@ class ArgumentParser(argparse.ArgumentParser):
             usage=argparse.SUPPRESS, description=description, formatter_class=HelpFormatter
         )
 
-    def error(self, message: str):
+    def exit(self, status=0, message=None):
         try:
-            super().error(message)
+            super().exit(status, message)
         except SystemExit as exit_request:
-            exit_request.add_note(f"{self.prog}: error: {message}")
+            if message:
+                exit_request.add_note(message.rstrip("\n"))
             raise
 
     def _print_message(self, message, file=None) -> None:

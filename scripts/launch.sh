@@ -90,9 +90,9 @@ step() {
 
 launch() {
   start USR2 accelerated "$@"
-  # accelerate answers 1 to whatever went wrong; the script itself says what it was, if it could.
-  [ "$code" = 0 ] || code="$(grep -vx 0 "$EXIT_CODE_FILE" || echo "${asked:+130}")"
   if [ "$code" != 0 ]; then
+    # accelerate answers 1 to whatever went wrong; the script itself says what it was, if it could.
+    code="$(grep -vx 0 "$EXIT_CODE_FILE" || echo "${asked:+130}")"
     # Of several processes, what one has complained of: 25 lines of torchrun's stand below it.
     [ ! -e "$EXIT_CODE_FILE.said" ] || cat "$EXIT_CODE_FILE.said" >&2 || true
     leave "${code:-1}"
